@@ -1,0 +1,400 @@
+"""What prepare.py, train.py and sample.py share: colours, pictures, files, configuration, devices."""
+import argparse
+import ast
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import pickle
+import sys
+import typing
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms, ImageColor, ImageOps
+
+from model import GPT, GPTConfig
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+VOCAB_SIZE = 4096  # 16 levels of red x 16 of green x 16 of blue; a constant, whatever colours a data set happens to hold
+
+# -----------------------------------------------------------------------------
+# mistakes: one line, never a traceback
+
+class UserError(Exception):
+    """Something the person at the keyboard can put right; the message says how."""
+
+
+def run(main):
+    """Call main() as a command: a mistake prints one line and exits with 1, Ctrl-C exits with 130."""
+    try:
+        main()
+    except UserError as e:
+        sys.exit(f'error: {e}')
+    except OSError as e:  # no such folder, no permission, disk full
+        sys.exit(f'error: {e.strerror or e}' + (f': {e.filename}' if e.filename else ''))
+    except KeyboardInterrupt:
+        print('\nstopped', file=sys.stderr)
+        sys.exit(130)
+
+# -----------------------------------------------------------------------------
+# colours <-> tokens
+
+def pack_rgb(rgb):
+    """(..., 3) uint8 colours -> (...) uint16 tokens, rrrrggggbbbb: the upper four bits of each channel."""
+    r, g, b = np.moveaxis(np.asarray(rgb).astype(np.uint16) >> 4, -1, 0)  # widen first: in NumPy 2 uint8(255) << 8 is 0
+    return r << 8 | g << 4 | b
+
+
+def unpack_rgb(tokens):
+    """(...) tokens -> (..., 3) uint8 colours. Level l of 0..15 is shown as l * 17, so that 15 is full white."""
+    tokens = np.asarray(tokens).astype(np.uint16)
+    return (np.stack([tokens >> 8, tokens >> 4, tokens], axis=-1) & 15).astype(np.uint8) * np.uint8(17)
+
+
+def parse_pixel(text):
+    """'FEC', '0xFEC' (three hex digits) or a web colour ('#f0e0c0', 'skyblue') -> token. Raises UserError."""
+    digits = text.lower().removeprefix('0x')
+    if len(digits) == 3 and all(c in '0123456789abcdef' for c in digits):
+        return int(digits, 16)
+    try:
+        return int(pack_rgb(ImageColor.getrgb(text)[:3]))
+    except ValueError:
+        raise UserError(f"--first_pixel {text!r} is no colour: give three hex digits (FEC), a web colour ('#f0e0c0') "
+                        "or 'sample' to draw it from the model") from None
+
+# -----------------------------------------------------------------------------
+# pictures
+
+def load_rgb(file, size):
+    """The picture in file (a path or a binary stream) -> (size, size, 3) uint8: upright, centre-cropped, LANCZOS.
+
+    Takes any Pillow mode: alpha is laid over white, 16 bits are scaled to 8, of an animation the first frame counts,
+    CMYK and wide-gamut colours go to sRGB through the profile that the file brings. Raises whatever Pillow raises.
+    """
+    with Image.open(file) as image:
+        profile = image.info.get('icc_profile')
+        image.draft(None, (4 * size, 4 * size))  # a large JPEG is decoded at 1/2, 1/4 or 1/8: the crop keeps >= 4x to resize
+        image = ImageOps.exif_transpose(image)
+        image = _flatten(image)
+        w, h = image.size
+        side = min(w, h)
+        left, top = (w - side) / 2, (h - side) / 2
+        image = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    return np.asarray(_to_srgb(image, profile))
+
+
+def _flatten(image):
+    """Any Pillow mode -> L, RGB or CMYK (or LAB, ...), 8 bits a channel and opaque."""
+    if image.mode in ('I', 'F') or image.mode.startswith('I;16'):
+        values = np.asarray(image, dtype=np.float64)
+        # float files hold 0..1 or 0..255, integer ones 16 bits: pick the range by what is there
+        top = 65535 if image.mode != 'F' else 1 if values.max() <= 1 else 255
+        return Image.fromarray((np.nan_to_num(values) / top * 255 + 0.5).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert('RGBA')
+        return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
+    return image.convert('RGB') if image.mode in ('1', 'P') else image
+
+
+def _to_srgb(image, profile):
+    """Follow an embedded ICC profile to sRGB; without one, or with a broken one, Pillow's plain conversion."""
+    if profile and image.mode in ('RGB', 'CMYK'):
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            return ImageCms.profileToProfile(image, source, ImageCms.createProfile('sRGB'), outputMode='RGB')
+        except (ImageCms.PyCMSError, OSError, ValueError):
+            pass
+    return image.convert('RGB')
+
+
+def to_image(tokens, scale=1):
+    """(h, w) tokens, an array or a tensor -> PIL image, every pixel enlarged to scale x scale."""
+    tokens = tokens.cpu().numpy() if torch.is_tensor(tokens) else tokens
+    image = Image.fromarray(unpack_rgb(tokens))
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def sheet(images, columns=None, gap=2):
+    """PIL images of one size -> one picture with all of them in rows, as near to a square as they allow."""
+    columns = columns or int(np.ceil(np.sqrt(len(images))))
+    w, h = images[0].width + gap, images[0].height + gap
+    page = Image.new('RGB', (columns * w + gap, -(-len(images) // columns) * h + gap), 'white')
+    for i, image in enumerate(images):
+        page.paste(image, (i % columns * w + gap, i // columns * h + gap))
+    return page
+
+
+def picture_format(path):
+    """The ending of path -> Pillow's name of the format. Raises UserError."""
+    kind = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
+    if kind not in Image.SAVE:
+        raise UserError(f'cannot tell a picture format from {path}: end the name in .png, .bmp, .gif or .webp')
+    return kind
+
+
+def save_picture(image, path, **options):
+    """PIL image -> file, whole or not at all, in the format that the ending of path names."""
+    kind = picture_format(path)
+    with atomic_write(path) as f:
+        image.save(f, format=kind, **options)
+
+
+def save_bmp(tokens, path, scale=1):
+    """(h, w) tokens -> a picture file. The ancestor's name; .png and any other ending that Pillow knows work too."""
+    save_picture(to_image(tokens, scale), path)
+
+# -----------------------------------------------------------------------------
+# files
+
+def make_folder(path):
+    """Create a folder if need be and make sure that it can be written to, before hours of work depend on it."""
+    try:
+        os.makedirs(path, exist_ok=True)
+        probe = os.path.join(path, f'.probe{os.getpid()}')
+        with open(probe, 'w'):
+            pass
+        os.remove(probe)
+    except OSError as e:
+        raise UserError(f'cannot write to the folder {path} ({e.strerror}): choose another one') from None
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """A binary file that appears under its name only when it is complete and on the disk."""
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    partial = path + '.partial'
+    try:
+        with open(partial, 'wb') as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+        raise
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module, name):  # the only door by which a pickle can run code
+        raise pickle.UnpicklingError(f'it asks for {module}.{name}')
+
+
+def load_meta(data_dir):
+    """meta.pkl of a prepared data set -> dict of plain values. Raises UserError."""
+    path = os.path.join(data_dir, 'meta.pkl')
+    if not os.path.exists(path):
+        raise UserError(f'no data set in {data_dir}: make one with  python prepare.py --out_dir {data_dir}')
+    try:
+        with open(path, 'rb') as f:
+            meta = _PlainUnpickler(f).load()
+        if meta['vocab_size'] != VOCAB_SIZE:
+            raise UserError(f"{path} speaks of {meta['vocab_size']} colours, this program of {VOCAB_SIZE}: prepare the data again")
+        if meta['tokens_per_image'] != meta['height'] * meta['width']:
+            raise ValueError('tokens_per_image is not height * width')
+        return meta
+    except UserError:
+        raise
+    except Exception as e:  # a damaged pickle can raise nearly anything
+        raise UserError(f'{path} is damaged or no plain dictionary ({e}): prepare the data again') from None
+
+
+def load_tokens(data_dir, split, meta):
+    """{split}.bin -> memory-mapped (images, tokens_per_image) uint16 array, one image a row. Raises UserError."""
+    path, row = os.path.join(data_dir, split + '.bin'), 2 * meta['tokens_per_image']
+    if not os.path.exists(path):
+        raise UserError(f'{path} is missing: prepare the data again')
+    size, images = os.path.getsize(path), meta[f'{split}_images']
+    if size != images * row:
+        raise UserError(f'{path} holds {size:,} bytes, not {images:,} whole images of {row:,} bytes as meta.pkl says: '
+                        'it was cut short or belongs to another data set; prepare the data again')
+    if images == 0:
+        raise UserError(f'{path} holds no image: prepare the data again from more pictures')
+    return np.memmap(path, dtype='<u2', mode='r').reshape(images, -1)
+
+
+def save_checkpoint(checkpoint, path):
+    """A dict of tensors and plain values -> file, whole or not at all."""
+    with atomic_write(path) as f:
+        torch.save(checkpoint, f)
+
+
+def load_checkpoint(path, device='cpu'):
+    """A file of save_checkpoint, or of nanoGPT, -> dict; nothing in it can run code. Raises UserError."""
+    if not os.path.isfile(path):
+        there = sorted(n for n in _names(os.path.dirname(path) or '.') if n.endswith('.pt'))
+        raise UserError(f"no checkpoint {path}: " + (f"there is {', '.join(there)}" if there else 'train one with  python train.py config/landscape.py'))
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        weights = checkpoint['model']
+        # a compiled model of nanoGPT puts this before every name
+        weights = {name.removeprefix('_orig_mod.'): tensor for name, tensor in weights.items()}
+        # the mask that old versions of it keep beside the weights
+        checkpoint['model'] = {name: tensor for name, tensor in weights.items() if not name.endswith('.attn.bias')}
+        args = checkpoint['model_args']
+        args.setdefault('start_embedding', False)  # nanoGPT knows of none, and does not say so
+    except Exception as e:
+        reason = str(e).split('\n')[0][:100]
+        raise UserError(f'{path} is no readable checkpoint ({reason}): it may be half written or hold more than '
+                        'tensors and plain values; use another one') from None
+    if args.get('vocab_size') != VOCAB_SIZE:
+        raise UserError(f"{path} has a vocabulary of {args.get('vocab_size')}, not of {VOCAB_SIZE} colours: it is not a model of pictures")
+    tokens = args['block_size'] + (not args['start_embedding'])
+    side = int(tokens ** 0.5)
+    checkpoint.setdefault('height', side)  # nanoGPT's know no shape: the ancestor's pictures are square
+    checkpoint.setdefault('width', side)
+    if checkpoint['height'] * checkpoint['width'] != tokens:
+        raise UserError(f'{path} paints {tokens} pixels, which make no picture: is it a model of text?')
+    return checkpoint
+
+
+def build_model(checkpoint, path, device):
+    """A dict of load_checkpoint -> the model on device, ready to paint. Raises UserError."""
+    try:
+        model = GPT(GPTConfig(**checkpoint['model_args']))
+        model.load_state_dict(checkpoint['model'])
+    except (TypeError, ValueError, RuntimeError) as e:
+        reason = ' '.join(str(e).split())[:200]
+        raise UserError(f'{path} does not fit the model of model.py ({reason}): use the version of the code that made it') from None
+    return model.to(device).eval()
+
+
+def _names(folder):
+    return os.listdir(folder) if os.path.isdir(folder) else []
+
+# -----------------------------------------------------------------------------
+# configuration: a dataclass declares the keys, files of assignments and --key=value override them
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line and suggest the nearest option."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        raise UserError(f'{message} (--help lists everything)')
+
+    def parse_args(self, argv=None):
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            known = [name for action in self._actions for name in action.option_strings]
+            raise UserError(_unknown(unknown[0].split('=')[0], known))
+        return args
+
+
+def _unknown(name, known, where=''):
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"unknown key {name}{where}" + (f': did you mean {near[0]}?' if near else ': --help lists all keys')
+
+
+def key(default, help):
+    """A field of a config dataclass with the line that --help shows for it."""
+    return dataclasses.field(default=default, metadata={'help': help})
+
+
+def load_config(cls, argv=None, description=None):
+    """Command line -> cls: its defaults, then config files in order, then --key=value. Raises UserError.
+
+    Folders in defaults and config files are meant from the repository, so that a command does the same from wherever
+    it is called; what is typed is meant from where one stands.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    parser = Parser(description=description)
+    parser.add_argument('config', nargs='*', help='config files: plain assignments such as  batch_size = 8')
+    for f in fields.values():
+        parser.add_argument(f'--{f.name}', default=argparse.SUPPRESS, metavar=_kind(f.type), help=f"{f.metadata['help']} (default: {f.default!r})")
+    typed = vars(parser.parse_args(argv))
+
+    values = {name: f.default for name, f in fields.items()}
+    for path in typed.pop('config'):
+        values.update(read_config(path, fields))
+    if os.getcwd() != ROOT:
+        values.update({name: os.path.join(ROOT, value) for name, value in values.items() if name.endswith('_dir')})
+    for name, text in typed.items():
+        values[name] = _check(_parse(text, fields[name].type), fields[name].type, f'--{name}')
+    return cls(**values)
+
+
+def read_config(path, fields):
+    """A config file -> dict. It is parsed, never run: literals, arithmetic and names assigned above. Raises UserError."""
+    path = path if os.path.exists(path) else os.path.join(ROOT, path)
+    if not os.path.isfile(path):
+        there = ', '.join(f'config/{n}' for n in sorted(_names(os.path.join(ROOT, 'config'))) if n.endswith('.py'))
+        raise UserError(f'no config file {path}: there is {there}; overrides are written --key=value')
+    values = {}
+    try:
+        with open(path, encoding='utf-8') as f:
+            lines = ast.parse(f.read()).body
+    except (SyntaxError, ValueError) as e:  # UnicodeDecodeError is a ValueError
+        raise UserError(f'{path} is no config file: {e}') from None
+    allowed = (ast.Constant, ast.Name, ast.Load, ast.Tuple, ast.List, ast.BinOp, ast.UnaryOp,
+               ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.USub)
+    for line in lines:
+        where = f', line {line.lineno} of {path}'
+        if isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant):
+            continue  # a docstring
+        if not (isinstance(line, ast.Assign) and len(line.targets) == 1 and isinstance(line.targets[0], ast.Name)
+                and all(isinstance(node, allowed) for node in ast.walk(line.value))):
+            raise UserError(f'a config file holds only assignments such as  batch_size = 8{where}')
+        name = line.targets[0].id
+        if name not in fields:
+            raise UserError(_unknown(name, list(fields), where))
+        try:
+            value = eval(compile(ast.Expression(line.value), path, 'eval'), {'__builtins__': {}}, values)
+        except Exception as e:
+            raise UserError(f'{e}{where}') from None
+        values[name] = _check(value, fields[name].type, name + where)
+    return values
+
+
+def _kind(kind):
+    return ' or '.join(k.__name__ for k in typing.get_args(kind) or (kind,))
+
+
+def _parse(text, kind):
+    """What was typed -> a value; text that is no value of its kind is left to _check."""
+    if kind is str:
+        return text
+    try:
+        return ast.literal_eval({'true': 'True', 'false': 'False'}.get(text.lower(), text))
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _check(value, kind, where):
+    """value as kind, a type or a union of types; a whole number will do for a float, a list for a tuple of whole numbers."""
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind is tuple and type(value) in (int, list):
+        value = (value,) if type(value) is int else tuple(value)
+    if type(value) not in (typing.get_args(kind) or (kind,)) or kind is tuple and not all(type(v) is int for v in value):
+        raise UserError(f"{where} takes {_kind(kind)}{' of whole numbers' if kind is tuple else ''}, not {value!r}")
+    return value
+
+# -----------------------------------------------------------------------------
+# devices
+
+def pick_device(name='auto'):
+    """'auto', 'cuda', 'cuda:1', 'mps' or 'cpu' -> the name of a device that is really there. Raises UserError."""
+    if name == 'auto':
+        return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError):  # a torch without CUDA raises AssertionError
+        raise UserError(f'device {name!r} is not to be had on this machine: use --device=auto or --device=cpu') from None
+    return name
+
+
+def pick_dtype(name, device):
+    """'auto' or a precision -> torch dtype for autocast on device. Raises UserError."""
+    cuda = device.startswith('cuda')
+    if name == 'auto':
+        # is_bf16_supported() also says yes to cards that only emulate it: ask for Ampere or later
+        name = 'float32' if not cuda else 'bfloat16' if torch.cuda.get_device_capability(device) >= (8, 0) else 'float16'
+    if name not in ('float32', 'bfloat16', 'float16'):
+        raise UserError(f'--dtype={name}: choose auto, float32, bfloat16 or float16')
+    if name == 'float16' and not cuda or name == 'bfloat16' and device.startswith('mps'):
+        raise UserError(f'--dtype={name} does not work on {device}: use --dtype=auto')
+    return getattr(torch, name)
