@@ -1,0 +1,380 @@
+"""Train a GPT to paint.
+
+    python train.py config/landscape.py                             # the keys below, overridden by the file ...
+    python train.py config/landscape.py --batch_size=8              # ... and then by the command line
+    python train.py config/landscape.py --init_from=resume          # go on where the last checkpoint stopped
+    torchrun --standalone --nproc_per_node=8 train.py config/landscape.py
+    torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=10.0.0.1 --master_port=29500 train.py config/landscape.py
+"""
+import contextlib
+import csv
+import functools
+import glob
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+import extras
+from extras import UserError, key
+from model import GPT, GPTConfig
+
+
+@dataclass
+class TrainConfig:
+    """Every key of a config file: its type, its default, and what it means (this is what --help prints)."""
+    # files
+    data_dir: str = key('data/landscape', 'the data set: a folder that prepare.py has filled')
+    out_dir: str = key('out', 'checkpoints, log.csv, loss.png and images/ go here')
+    init_from: str = key('scratch', "'scratch', 'resume' (the checkpoint last written to out_dir), or the path of a checkpoint to go on from")
+    keep_checkpoints: int = key(10, 'how many checkpoints of a run stay on disk; the best one always does')
+    # the model
+    n_layer: int = key(4, 'transformer blocks')
+    n_head: int = key(4, 'attention heads of a block')
+    n_embd: int = key(128, 'width of the residual stream')
+    dropout: float = key(0.0, 'share of activations dropped in training')
+    bias: bool = key(False, 'biases in linear and norm layers')
+    start_embedding: bool = key(True, 'learn an embedding that stands before the first pixel, so that this one is predicted too')
+    # the optimiser
+    batch_size: int = key(40, 'images an iteration, over all processes and accumulation steps together')
+    gradient_accumulation_steps: int = key(1, 'pieces in which a process works through its share of the batch, to save memory')
+    max_iters: int = key(10000, 'iterations')
+    learning_rate: float = key(6e-4, 'peak of the schedule: linear warm-up, cosine decay')
+    min_lr: float = key(6e-5, 'end of the schedule, at max_iters')
+    warmup_iters: int = key(200, 'iterations of the warm-up')
+    weight_decay: float = key(0.1, 'of matrices and embeddings')
+    beta1: float = key(0.9, 'AdamW: memory of the gradient')
+    beta2: float = key(0.95, 'AdamW: memory of its square')
+    grad_clip: float = key(1.0, 'largest norm of a gradient (0: any)')
+    flip: bool = key(True, 'mirror every other image, picked anew each epoch')
+    # looking at it
+    eval_interval: int = key(0, 'evaluate every so many iterations (0: at eval_at only); the last one is always evaluated')
+    eval_at: tuple = key((), 'evaluate at these iterations too, as in (200, 400, 800)')
+    eval_batch_size: int = key(4, 'validation images at a time, a matter of memory alone')
+    num_samples: int = key(16, 'images on the sheet of samples that every evaluation paints')
+    log_interval: int = key(10, 'iterations between two log lines')
+    wandb_log: bool = key(False, 'log to Weights & Biases as well (pip install wandb)')
+    wandb_project: str = key('pixelgpt', 'project there')
+    wandb_run_name: str = key('landscape', 'name of the run there')
+    # the machine
+    seed: int = key(1337, 'decides the initial weights, the order of the images and the noise of the samples')
+    device: str = key('auto', "'auto', 'cuda', 'cuda:1', 'mps' or 'cpu'")
+    dtype: str = key('auto', "'auto' (bfloat16 where the GPU has it, else float16 with a loss scaler, else float32) or one of the three")
+    compile: bool | str = key('auto', "torch.compile: True, False, or 'auto' (on CUDA)")
+
+# -----------------------------------------------------------------------------
+# data
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed, epoch, images):
+    """-> (order, mirrored): all images in a new order and which of them to flip, a pure function of (seed, epoch)."""
+    rng = np.random.default_rng([seed, epoch])
+    return rng.permutation(images), rng.random(images) < 0.5
+
+
+def get_batch(data, slots, config, meta, device):
+    """slots: numbers in the endless sequence of epochs -> (len(slots), tokens_per_image) int64 tensor."""
+    rows = []
+    for slot in slots:
+        epoch, i = divmod(slot, len(data))
+        order, mirrored = epoch_order(config.seed, epoch, len(data))
+        row = data[order[i]].reshape(meta['height'], meta['width'])
+        rows.append(row[:, ::-1] if config.flip and mirrored[i] else row)
+    batch = torch.from_numpy(np.stack(rows).reshape(len(rows), -1).astype(np.int64))
+    return batch.pin_memory().to(device, non_blocking=True) if device.startswith('cuda') else batch.to(device)
+
+
+def get_lr(iteration, config):
+    """Learning rate of an iteration: linear warm-up from near 0, then half a cosine down to min_lr."""
+    if iteration < config.warmup_iters:
+        return config.learning_rate * (iteration + 1) / (config.warmup_iters + 1)
+    ratio = (iteration - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
+    return config.min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (config.learning_rate - config.min_lr)
+
+# -----------------------------------------------------------------------------
+# evaluation
+
+@torch.no_grad()
+def evaluate(model, data, config, device, autocast, rank, world_size):
+    """Mean loss in nats over every predicted pixel of every image in data; each rank takes its share of them."""
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float32 if device == 'mps' else torch.float64, device=device)
+    mine = range(rank, len(data), world_size)
+    for i in tqdm(range(0, len(mine), config.eval_batch_size), desc='validation', leave=False, disable=None if rank == 0 else True):
+        rows = [data[j] for j in mine[i:i + config.eval_batch_size]]
+        with autocast:
+            _, loss = model(torch.from_numpy(np.stack(rows).astype(np.int64)).to(device))
+        sums += torch.stack((loss * len(rows), torch.full_like(loss, len(rows))))
+    if world_size > 1:
+        dist.all_reduce(sums)
+    model.train()
+    return (sums[0] / sums[1]).item()
+
+
+@torch.no_grad()
+def paint_samples(model, data, config, meta, path):
+    """A sheet of num_samples images; the noise is the same at every evaluation, so that one sees the model change."""
+    model.eval()
+    prompts = np.zeros((config.num_samples, 0))
+    if not config.start_embedding:  # the first pixels of real images
+        prompts = np.resize(data[:config.num_samples, :1], (config.num_samples, 1)).astype(np.int64)
+    generator = torch.Generator().manual_seed(config.seed)
+    with tqdm(total=meta['tokens_per_image'] - prompts.shape[1], desc='painting', unit='px', leave=False, disable=None) as bar:
+        tokens = model.generate(torch.from_numpy(prompts), generator=generator, progress=bar.update)
+    images = tokens.reshape(-1, meta['height'], meta['width'])
+    extras.save_picture(extras.sheet([extras.to_image(image, scale=2) for image in images]), path)
+    model.train()
+
+# -----------------------------------------------------------------------------
+# the log
+
+COLUMNS = ['iteration', 'images', 'tokens', 'seconds', 'learning_rate', 'train_loss', 'val_loss', 'bits_per_pixel']
+
+
+def start_log(path, iteration):
+    """Begin log.csv, or when resuming at iteration drop the rows that come after it."""
+    rows = []
+    if iteration and os.path.exists(path):
+        with open(path, newline='') as f:
+            rows = [row for row in csv.DictReader(f) if row['iteration'].isdigit() and int(row['iteration']) <= iteration and row['bits_per_pixel']]
+    with extras.atomic_write(path) as f:
+        f.write((','.join(COLUMNS) + '\n' + ''.join(','.join(row[c] for c in COLUMNS) + '\n' for row in rows)).encode())
+
+
+def plot_log(path, png):
+    """log.csv -> loss.png: bits per pixel over images seen."""
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+    with open(path, newline='') as f:
+        rows = list(csv.DictReader(f))
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for column, style, label in (('train_loss', '-', 'training batches'), ('val_loss', 'o-', 'validation, all images')):
+        points = [(int(row['images']), float(row['bits_per_pixel'])) for row in rows if row[column]]
+        if points:
+            axes.plot(*zip(*points), style, label=label, linewidth=1, alpha=0.6 if column == 'train_loss' else 1)
+    axes.set(xlabel='images seen', ylabel='bits per pixel (12.0 is a uniform guess)')
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with extras.atomic_write(png) as f:
+        figure.savefig(f, format='png', dpi=100, bbox_inches='tight')
+    plt.close(figure)
+
+
+def duration(seconds):
+    """Seconds -> '2h03m', '4m10s'."""
+    h, m, s = int(seconds) // 3600, int(seconds) // 60 % 60, int(seconds) % 60
+    return f'{h}h{m:02d}m' if h else f'{m}m{s:02d}s'
+
+# -----------------------------------------------------------------------------
+
+def check(config, world_size):
+    """Values that have the right type and still make no sense. Raises UserError."""
+    for name in ('n_layer', 'n_head', 'n_embd', 'batch_size', 'gradient_accumulation_steps', 'max_iters', 'learning_rate',
+                 'log_interval', 'eval_batch_size', 'num_samples', 'keep_checkpoints'):
+        if not getattr(config, name) > 0:
+            raise UserError(f'--{name}={getattr(config, name)}: it has to be more than 0')
+    if config.n_embd % config.n_head:
+        raise UserError(f'--n_embd={config.n_embd} cannot be shared by --n_head={config.n_head} heads: make it a multiple')
+    if config.batch_size % (world_size * config.gradient_accumulation_steps):
+        raise UserError(f'--batch_size={config.batch_size} images cannot be shared by {world_size} processes x '
+                        f'--gradient_accumulation_steps={config.gradient_accumulation_steps}: make it a multiple')
+    if not 0 <= config.dropout < 1:
+        raise UserError(f'--dropout={config.dropout}: it has to be 0 or more and less than 1')
+    if config.seed < 0:
+        raise UserError(f'--seed={config.seed}: it has to be 0 or more')
+    if config.compile not in (True, False, 'auto'):
+        raise UserError(f'--compile={config.compile}: choose True, False or auto')
+
+
+def find_checkpoint(config):
+    """--init_from -> the path of the checkpoint to go on from. Raises UserError."""
+    if config.init_from != 'resume':
+        return config.init_from
+    paths = glob.glob(os.path.join(glob.escape(config.out_dir), 'ckpt*.pt'))
+    if not paths:
+        raise UserError(f'nothing to resume: no checkpoint in {config.out_dir}; leave --init_from=resume out to start')
+    return max(paths, key=os.path.getmtime)  # the last one written, which need not have the highest number
+
+
+def main(argv=None):
+    config = extras.load_config(TrainConfig, argv, description='Train a GPT to paint.')
+
+    # one process, or one of several under torchrun
+    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    check(config, world_size)
+    device = extras.pick_device(config.device)
+    if world_size > 1:
+        if device == 'cuda':
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        device = 'cpu' if device == 'mps' else device
+        dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
+    master = rank == 0
+    dtype = extras.pick_dtype(config.dtype, device)
+    autocast = torch.autocast(device.split(':')[0], dtype) if dtype != torch.float32 else contextlib.nullcontext()
+    scaler = torch.amp.GradScaler('cuda', enabled=dtype == torch.float16)
+    torch.set_float32_matmul_precision('high')  # TF32 where there is any
+    say = print if master else lambda *_: None
+
+    # data: one image a row
+    meta = extras.load_meta(config.data_dir)
+    train_data, val_data = (extras.load_tokens(config.data_dir, split, meta) for split in ('train', 'val'))
+    log_path = os.path.join(config.out_dir, 'log.csv')
+    if master:
+        extras.make_folder(config.out_dir)
+        extras.make_folder(os.path.join(config.out_dir, 'images'))
+
+    # model and optimiser, new or from a checkpoint
+    torch.manual_seed(config.seed)
+    model_args = dict(block_size=meta['tokens_per_image'] - (not config.start_embedding), vocab_size=meta['vocab_size'],
+                      **{name: getattr(config, name) for name in ('n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'start_embedding')})
+    raw_model = GPT(GPTConfig(**model_args)).to(device)  # kept by this name: torch.compile and DDP change those of the weights
+    optimizer = raw_model.configure_optimizer(config.weight_decay, config.learning_rate, (config.beta1, config.beta2))
+    iteration, seconds, best_val_loss, best_iter, saved = 0, 0.0, math.inf, None, []
+    if config.init_from != 'scratch':
+        path = find_checkpoint(config)
+        checkpoint = extras.load_checkpoint(path, device)
+        for name, value in model_args.items():
+            if checkpoint['model_args'].get(name) != value and name != 'dropout':
+                raise UserError(f"{path} has {name}={checkpoint['model_args'].get(name)}, this run {name}={value}: resume with the config (and data) it was made with")
+        if 'optimizer' not in checkpoint or 'run' not in checkpoint:
+            raise UserError(f'{path} holds weights for sampling only: it cannot be resumed')
+        raw_model.load_state_dict(checkpoint['model'])
+        optimizer.load_state_dict(checkpoint['optimizer'])
+        scaler.load_state_dict(checkpoint['scaler'])
+        iteration, best_val_loss = checkpoint['iter_num'], checkpoint['best_val_loss']
+        seconds, best_iter, saved = (checkpoint['run'][name] for name in ('seconds', 'best_iter', 'saved'))
+        if iteration >= config.max_iters:
+            raise UserError(f'{path} has done all {iteration} iterations: raise --max_iters to go on')
+        say(f'going on from {path}, iteration {iteration}')
+        del checkpoint
+
+    model = raw_model
+    compile_it = device.startswith('cuda') if config.compile == 'auto' else config.compile
+    if compile_it:
+        say('compiling the model: the first iterations take a minute longer')
+        model = torch.compile(model)
+    if world_size > 1:
+        model = DDP(model, device_ids=[device] if device.startswith('cuda') else None)
+
+    say(f"{raw_model.num_params() / 1e6:.2f}M parameters (and {raw_model.transformer.wpe.weight.numel() / 1e6:.2f}M for positions) on {world_size} x {device}, "
+        f"{str(dtype).removeprefix('torch.')}{', compiled' if compile_it else ''}")
+    say(f"{len(train_data):,} training and {len(val_data):,} validation images of {meta['height']}x{meta['width']} from {config.data_dir}; "
+        f"{config.max_iters:,} iterations of {config.batch_size} images are {config.max_iters * config.batch_size / len(train_data):.2f} epochs")
+    wandb = None
+    if master:
+        start_log(log_path, iteration)
+        if config.wandb_log:
+            try:
+                import wandb
+            except ImportError:
+                raise UserError('--wandb_log=True needs wandb: pip install wandb') from None
+            wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=asdict(config))
+
+    def log(**values):
+        """One row of log.csv."""
+        values = dict(iteration=iteration, images=iteration * config.batch_size, tokens=iteration * config.batch_size * meta['tokens_per_image'],
+                      seconds=round(seconds, 2), **values)
+        with open(log_path, 'a') as f:
+            f.write(','.join(str(values.get(c, '')) for c in COLUMNS) + '\n')
+        if wandb:
+            wandb.log(values, step=iteration)
+
+    def stop_if_not_finite(loss):
+        if not math.isfinite(loss):
+            last = f'{config.out_dir}/ckpt{saved[-1]}.pt is the last good checkpoint' if saved else 'there is no checkpoint yet'
+            raise UserError(f'the loss is {loss} at iteration {iteration}; {last}. Try a lower --learning_rate (now {config.learning_rate:g}), '
+                            'a longer --warmup_iters, or --dtype=float32')
+
+    first, share = iteration, config.batch_size // world_size
+    micro = share // config.gradient_accumulation_steps
+    began, loss_sum, loss_count = time.time(), torch.zeros((), device=device), 0
+    window = time.time()  # since the last log line, less evaluations
+    model.train()
+    while True:
+        last_step = iteration == config.max_iters
+
+        # what a log line tells is the mean of the losses since the one before
+        if loss_count and (iteration % config.log_interval == 0 or last_step or iteration in config.eval_at
+                           or config.eval_interval and iteration % config.eval_interval == 0):
+            mean = loss_sum / loss_count
+            if world_size > 1:
+                dist.all_reduce(mean)
+            train_loss = mean.item() / world_size
+            took = time.time() - window
+            seconds += took
+            stop_if_not_finite(train_loss)
+            images = loss_count * config.batch_size / took
+            left = (time.time() - began) / (iteration - first) * (config.max_iters - iteration)
+            say(f"iter {iteration} | loss {train_loss:.4f} | {train_loss / math.log(2):.3f} bits/pixel | {images:.2f} images/s | "
+                f"{images * meta['tokens_per_image']:,.0f} tokens/s | {duration(left)} left")
+            if master:
+                log(learning_rate=f'{get_lr(iteration - 1, config):.4g}', train_loss=round(train_loss, 5), bits_per_pixel=round(train_loss / math.log(2), 5))
+            loss_sum.zero_()
+            loss_count, window = 0, time.time()
+
+        # evaluation: the loss over all validation images, a sheet of samples, a checkpoint
+        if iteration > first and (last_step or iteration in config.eval_at or config.eval_interval and iteration % config.eval_interval == 0):
+            val_loss = evaluate(raw_model, val_data, config, device, autocast, rank, world_size)
+            stop_if_not_finite(val_loss)
+            if val_loss < best_val_loss:
+                best_val_loss, best_iter = val_loss, iteration
+            if master:
+                saved.append(iteration)
+                log(learning_rate=f'{get_lr(iteration - 1, config):.4g}', val_loss=round(val_loss, 5), bits_per_pixel=round(val_loss / math.log(2), 5))
+                path = os.path.join(config.out_dir, f'ckpt{iteration}.pt')
+                extras.save_checkpoint(dict(
+                    model=raw_model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), model_args=model_args,
+                    iter_num=iteration, best_val_loss=best_val_loss, config=asdict(config), height=meta['height'], width=meta['width'],
+                    run=dict(seconds=seconds, best_iter=best_iter, saved=saved)), path)
+                while len(saved) > config.keep_checkpoints and len(saved) > 1:  # the oldest one goes, but for the best
+                    old = next(i for i in saved if i != best_iter)
+                    saved.remove(old)
+                    with contextlib.suppress(FileNotFoundError):
+                        os.remove(os.path.join(config.out_dir, f'ckpt{old}.pt'))
+                plot_log(log_path, os.path.join(config.out_dir, 'loss.png'))
+                picture = os.path.join(config.out_dir, 'images', f'output{iteration}.png')
+                paint_samples(raw_model, val_data, config, meta, picture)
+                say(f"iter {iteration} | validation loss {val_loss:.4f} | {val_loss / math.log(2):.3f} bits/pixel"
+                    f"{' | the best so far' if best_iter == iteration else ''} | {path} | {picture}")
+            window = time.time()
+        if last_step:
+            break
+
+        # one step. Dropout too is a function of (seed, iteration, rank): a checkpoint needs no random state
+        torch.manual_seed(config.seed + iteration * world_size + rank)
+        for group in optimizer.param_groups:
+            group['lr'] = get_lr(iteration, config)
+        for step in range(config.gradient_accumulation_steps):
+            start = iteration * config.batch_size + rank * share + step * micro
+            tokens = get_batch(train_data, range(start, start + micro), config, meta, device)
+            if world_size > 1:  # the ranks share their gradients in the last backward pass only
+                model.require_backward_grad_sync = step == config.gradient_accumulation_steps - 1
+            with autocast:
+                _, loss = model(tokens)
+                loss = loss / config.gradient_accumulation_steps
+            scaler.scale(loss).backward()
+            loss_sum += loss.detach()
+        if config.grad_clip:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        loss_count += 1
+        iteration += 1
+
+    say(f'done: best validation {best_val_loss / math.log(2):.3f} bits/pixel at iteration {best_iter}. Paint with  python sample.py --ckpt {config.out_dir}/ckpt{best_iter}.pt')
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    extras.run(main)
