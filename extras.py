@@ -12,7 +12,7 @@ import typing
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageColor, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageColor
 
 from model import GPT, GPTConfig
 
@@ -67,6 +67,11 @@ def parse_pixel(text):
 # -----------------------------------------------------------------------------
 # pictures
 
+# EXIF orientation -> what puts the stored picture upright
+UPRIGHT = dict(zip(range(2, 9), (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+                                 Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90)))
+
+
 def load_rgb(file, size):
     """The picture in file (a path or a binary stream) -> (size, size, 3) uint8: upright, centre-cropped, LANCZOS.
 
@@ -74,15 +79,16 @@ def load_rgb(file, size):
     CMYK and wide-gamut colours go to sRGB through the profile that the file brings. Raises whatever Pillow raises.
     """
     with Image.open(file) as image:
-        profile = image.info.get('icc_profile')
-        image.draft(None, (4 * size, 4 * size))  # a large JPEG is decoded at 1/2, 1/4 or 1/8: the crop keeps >= 4x to resize
-        image = ImageOps.exif_transpose(image)
-        image = _flatten(image)
-        w, h = image.size
+        # a large JPEG is decoded at 1/2, 1/4 or 1/8, so that at least 4 pixels are left for one
+        draft = image.draft(None, (4 * size, 4 * size))
+        image.load()
+        upright = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))  # read now: a TIFF is turned while it loads
+        w, h = draft[1][2:] if draft else image.size  # of a draft, as much of the last column and row as is real
         side = min(w, h)
         left, top = (w - side) / 2, (h - side) / 2
-        image = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
-    return np.asarray(_to_srgb(image, profile))
+        square = _flatten(image).resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+        square = square if upright is None else square.transpose(upright)
+        return np.asarray(_to_srgb(square, image.info.get('icc_profile')))
 
 
 def _flatten(image):

@@ -10,11 +10,12 @@ A .bin file is raw little-endian uint16, one image a row of size * size tokens i
 import glob
 import hashlib
 import io
+import multiprocessing
 import os
 import pickle
 import shutil
 import signal
-import tempfile
+import threading
 import warnings
 
 import numpy as np
@@ -316,6 +317,14 @@ class Rows(Dataset):
             return i, None, ' '.join(f'{type(e).__name__}: {e}'.split())[:160]
 
 
+def follow_parent(_):
+    """In a worker: end when the parent is killed, instead of waiting for it for ever."""
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def split_order(keys, val_fraction):
     """(n,) uint64 keys, equal for equal images -> (train, val) indices, each in the order of the keys.
 
@@ -339,7 +348,8 @@ def write_dataset(source, description, args, staging):
     """
     count = min(len(source), args.num_images or len(source))
     row = 2 * args.size * args.size  # bytes of one image
-    loader = DataLoader(Rows(source, args.size), sampler=range(count), batch_size=16, collate_fn=list, num_workers=min(args.workers, count))
+    loader = DataLoader(Rows(source, args.size), sampler=range(count), batch_size=16, collate_fn=list,
+                        num_workers=min(args.workers, count), worker_init_fn=follow_parent)
     keys, skipped = [], []
     with open(os.path.join(staging, 'rows'), 'w+b') as rows:
         with tqdm(total=count, unit='image', desc='reading') as bar:
@@ -403,7 +413,9 @@ def main(argv=None):
         if not good:
             raise UserError(f'--{name}={getattr(args, name)}: give a number {what}')
     extras.make_folder(args.out_dir)
-    staging = tempfile.mkdtemp(prefix='.partial-', dir=args.out_dir)
+    staging = os.path.join(args.out_dir, '.partial')
+    shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+    os.mkdir(staging)
     try:
         source = open_source(args.source, args, staging)
         meta, skipped, (low, high) = write_dataset(source, args.source, args, staging)

@@ -1,0 +1,42 @@
+"""Real processes on real files: what a user types is what is tested. One thread a process, so that runs are repeatable."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / 'shared'  # photographs, where there are any
+sys.path.insert(0, str(ROOT))
+ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': '', 'HF_HUB_OFFLINE': '1'}
+# a model that trains in a second
+TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--learning_rate=3e-3', '--warmup_iters=5', '--batch_size=8',
+        '--log_interval=5', '--num_samples=2', '--device=cpu']
+
+
+def command(script, *args):
+    return [sys.executable, str(ROOT / script), *map(str, args)]
+
+
+def call(script, *args, code=0, **kwargs):
+    """Run a script to its end -> what it printed, standard output and error together; its exit code must be the given one."""
+    done = subprocess.run(command(script, *args), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240, **kwargs)
+    assert done.returncode == code, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope='session')
+def data(tmp_path_factory):
+    """80 synthetic landscapes of 16x16."""
+    folder = tmp_path_factory.mktemp('data') / 'synthetic'
+    call('prepare.py', '--source', 'synthetic', '--num_images', 80, '--size', 16, '--out_dir', folder)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def trained(data, tmp_path_factory):
+    """A run of 20 iterations, with checkpoints at 10 and 20."""
+    folder = tmp_path_factory.mktemp('runs') / 'trained'
+    call('train.py', *TINY, f'--data_dir={data}', f'--out_dir={folder}', '--max_iters=20', '--eval_interval=10')
+    return folder

@@ -1,0 +1,185 @@
+"""Colours, pictures, and reading any picture file upright and in its right colours."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+import extras
+from conftest import SHARED
+
+
+def test_every_colour_survives_the_round_trip():
+    tokens = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    assert (extras.pack_rgb(extras.unpack_rgb(tokens)) == tokens).all()
+    assert extras.unpack_rgb(tokens).dtype == np.uint8 and extras.pack_rgb(extras.unpack_rgb(tokens)).dtype == np.uint16
+
+
+def test_packing_keeps_the_red_channel():
+    # in NumPy 2 np.uint8(255) << 8 is 0: packed without widening, every picture loses its red
+    assert extras.pack_rgb(np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 239, 207]], np.uint8)).tolist() == [0xF00, 0x0F0, 0x00F, 0xFEC]
+    assert extras.unpack_rgb(0xFEC).tolist() == [255, 238, 204]
+
+
+def test_all_levels_of_a_channel_fall_into_sixteen():
+    ramp = np.arange(256, dtype=np.uint8)
+    for channel, shift in enumerate((8, 4, 0)):
+        rgb = np.zeros((256, 3), np.uint8)
+        rgb[:, channel] = ramp
+        assert (extras.pack_rgb(rgb) == (ramp.astype(np.uint16) >> 4) << shift).all()
+        assert np.abs(extras.unpack_rgb(extras.pack_rgb(rgb))[:, channel].astype(int) - ramp).max() <= 15
+
+
+@pytest.mark.parametrize('text, token', [('FEC', 0xFEC), ('fec', 0xFEC), ('0xFEC', 0xFEC), ('000', 0), ('#f0e0c0', 0xFEC), ('#fff', 0xFFF), ('skyblue', 0x8CE)])
+def test_first_pixel_forms(text, token):
+    assert extras.parse_pixel(text) == token
+
+
+@pytest.mark.parametrize('text', ['', 'FECF', 'GGG', '#12', '4095', 'nocolour'])
+def test_first_pixel_mistakes(text):
+    with pytest.raises(extras.UserError, match='three hex digits'):
+        extras.parse_pixel(text)
+
+
+@pytest.mark.parametrize('ending', ['bmp', 'png', 'tiff', 'webp'])
+def test_saved_pictures_hold_the_tokens(tmp_path, ending):
+    tokens = torch.arange(4096).reshape(1, 4096)
+    path = str(tmp_path / f'new folder/picture.{ending}')
+    extras.save_bmp(tokens.reshape(64, 64), path) if ending != 'webp' else extras.save_picture(extras.to_image(tokens.reshape(64, 64)), path, lossless=True)
+    with Image.open(path) as image:
+        assert (extras.pack_rgb(np.asarray(image.convert('RGB'))) == tokens.numpy().reshape(64, 64)).all()
+
+
+def test_enlarging_repeats_pixels_and_a_sheet_keeps_them():
+    tokens = [np.full((2, 3), 0x111 * i) for i in range(5)]
+    image = extras.to_image(tokens[3], scale=4)
+    assert image.size == (12, 8) and (np.asarray(image) == 51).all()
+    page = np.asarray(extras.sheet([extras.to_image(t) for t in tokens], gap=2))
+    assert page.shape == (2 * 4 + 2, 3 * 5 + 2, 3)
+    for i in range(5):
+        y, x = i // 3 * 4 + 2, i % 3 * 5 + 2
+        assert (page[y:y + 2, x:x + 3] == 17 * i).all()
+    assert (page[6:, 12:] == 255).all()
+
+
+# -----------------------------------------------------------------------------
+# reading pictures
+
+def solid(mode, colour, size=(40, 30)):
+    return Image.new(mode, size, colour)
+
+
+MODES = {
+    'rgb.png': (solid('RGB', (200, 100, 50)), (200, 100, 50)),
+    'rgb.jpg': (solid('RGB', (200, 100, 50)), (200, 100, 50)),
+    'rgb.bmp': (solid('RGB', (200, 100, 50)), (200, 100, 50)),
+    'rgb.webp': (solid('RGB', (200, 100, 50)), (200, 100, 50)),
+    'grey.jpg': (solid('L', 77), (77, 77, 77)),
+    'one bit.png': (solid('1', 1), (255, 255, 255)),
+    'transparent.png': (solid('RGBA', (255, 0, 0, 0)), (255, 255, 255)),
+    'half.png': (solid('RGBA', (200, 0, 0, 128)), (227, 127, 127)),
+    'half.webp': (solid('RGBA', (200, 0, 0, 128)), (227, 127, 127)),
+    'grey alpha.png': (solid('LA', (0, 128)), (127, 127, 127)),
+    '16 bit.png': (Image.fromarray(np.full((30, 40), 0x8000, np.uint16)), (128, 128, 128)),
+    '16 bit.tiff': (Image.fromarray(np.full((30, 40), 0x4000, np.uint16)), (64, 64, 64)),
+    '32 bit.tiff': (Image.fromarray(np.full((30, 40), 0xC000, np.int32)), (191, 191, 191)),
+    'float.tiff': (Image.fromarray(np.full((30, 40), 0.5, np.float32)), (128, 128, 128)),
+    'float 255.tiff': (Image.fromarray(np.full((30, 40), 100, np.float32)), (100, 100, 100)),
+    'cmyk.jpg': (solid('CMYK', (0, 255, 255, 0)), (255, 0, 0)),
+    'cmyk.tiff': (solid('CMYK', (255, 0, 255, 0)), (0, 255, 0)),
+    'ycbcr.jpg': (solid('YCbCr', (100, 128, 128)), (100, 100, 100)),
+    'lab.tiff': (solid('LAB', (255, 128, 128)), (255, 255, 255)),
+    'palette.png': (solid('RGB', (0, 120, 240)).quantize(4), (0, 120, 240)),
+    'palette.gif': (solid('RGB', (0, 120, 240)).quantize(4), (0, 120, 240)),
+}
+
+
+@pytest.mark.parametrize('name', MODES)
+def test_every_mode_keeps_its_colour(tmp_path, name):
+    image, colour = MODES[name]
+    image.save(tmp_path / name, **({'lossless': True} if name.endswith('webp') else {}))
+    rgb = extras.load_rgb(tmp_path / name, 16)
+    assert rgb.shape == (16, 16, 3) and rgb.dtype == np.uint8
+    assert np.abs(rgb.reshape(-1, 3).astype(int) - colour).max() <= 2
+
+
+def test_transparent_colour_of_a_palette_and_of_rgb(tmp_path):
+    image = solid('RGB', (9, 9, 9)).quantize(2)
+    image.save(tmp_path / 'p.gif', transparency=image.getpixel((0, 0)))
+    solid('RGB', (9, 9, 9)).save(tmp_path / 'rgb.png', transparency=(9, 9, 9))
+    for name in ('p.gif', 'rgb.png'):
+        assert (extras.load_rgb(tmp_path / name, 8) == 255).all()
+
+
+@pytest.mark.parametrize('ending', ['gif', 'webp', 'png', 'tiff'])
+def test_of_an_animation_the_first_frame(tmp_path, ending):
+    frames = [solid('RGB', (255, 0, 0)), solid('RGB', (0, 0, 255))]
+    frames[0].save(tmp_path / f'a.{ending}', save_all=True, append_images=frames[1:], **({'lossless': True} if ending == 'webp' else {}))
+    assert extras.load_rgb(tmp_path / f'a.{ending}', 8)[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize('ending', ['jpg', 'png', 'webp', 'tiff'])
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_exif_orientation(tmp_path, ending, orientation):
+    # four corners of different colours, stored so that the orientation flag puts them right again
+    upright = np.zeros((64, 96, 3), np.uint8)
+    upright[:32, :48], upright[:32, 48:], upright[32:, :48], upright[32:, 48:] = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)
+    undo = [None, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
+            Image.Transpose.ROTATE_90, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_270][orientation - 1]
+    image = Image.fromarray(upright) if undo is None else Image.fromarray(upright).transpose(undo)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f'o.{ending}'
+    image.save(path, exif=exif, **({'quality': 95, 'subsampling': 0} if ending == 'jpg' else {'lossless': True} if ending == 'webp' else {}))
+    rgb = extras.load_rgb(path, 16).astype(int)
+    for y, x, colour in ((2, 2, (255, 0, 0)), (2, 13, (0, 255, 0)), (13, 2, (0, 0, 255)), (13, 13, (255, 255, 0))):
+        assert np.abs(rgb[y, x] - colour).max() < 24, (y, x, rgb[y, x])
+
+
+def test_the_crop_is_the_centre(tmp_path):
+    for shape, axis in (((40, 120, 3), 1), ((120, 40, 3), 0)):
+        picture = np.full(shape, 255, np.uint8)
+        middle = np.take(picture, range(40, 80), axis)
+        picture[:] = 0
+        (picture[:, 40:80] if axis == 1 else picture[40:80])[:] = middle
+        Image.fromarray(picture).save(tmp_path / 'c.png')
+        assert (extras.load_rgb(tmp_path / 'c.png', 40) == 255).all()
+
+
+def test_draft_decoding_of_a_large_jpeg_changes_next_to_nothing(tmp_path):
+    # 3001 is no multiple of 4: the last column of the draft is only partly real, and must not shift the crop
+    rng = np.random.default_rng(0)
+    blobs = Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8)).resize((3001, 2003), Image.Resampling.BICUBIC)
+    blobs.save(tmp_path / 'large.jpg', quality=92)
+    with Image.open(tmp_path / 'large.jpg') as image:
+        full = np.asarray(ImageOps.fit(image.convert('RGB'), (64, 64), Image.Resampling.LANCZOS)).astype(int)
+    difference = np.abs(extras.load_rgb(tmp_path / 'large.jpg', 64) - full)
+    assert difference.mean() < 0.3 and difference.max() <= 3
+
+
+def test_a_profile_is_followed_to_srgb(tmp_path):
+    from PIL import ImageCms
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB'))
+    solid('RGB', (200, 100, 50)).save(tmp_path / 'srgb.png', icc_profile=lab.tobytes())
+    solid('RGB', (200, 100, 50)).save(tmp_path / 'broken.png', icc_profile=b'no profile at all')
+    for name in ('srgb.png', 'broken.png'):
+        assert np.abs(extras.load_rgb(tmp_path / name, 8).astype(int) - (200, 100, 50)).max() <= 1
+
+
+@pytest.mark.skipif(not (SHARED / 'photos_mixed').is_dir(), reason='no photographs here')
+def test_photographs_of_many_kinds():
+    load = lambda name: extras.load_rgb(SHARED / 'photos_mixed' / name, 64).astype(int)
+    # the same scene stored upright and on its side: equal but for the digit painted into it
+    a, b = load('exif_Landscape_1.jpg'), load('exif_Landscape_6.jpg')
+    assert np.abs(a - b).mean() < 2
+    # a figure in black stands in the lower middle, the bright sky is above
+    portrait = load('exif_Portrait_5.jpg')
+    assert portrait[49:55, 25:30].mean() < 60 < portrait[:16].mean()
+    # CMYK: the lawn is green, the path is grey, nothing is inverted
+    cmyk = load('sharp_Channel_digital_image_CMYK_color.jpg')
+    lawn = cmyk[40:46, 4:16].mean((0, 1))
+    assert lawn[1] > lawn[0] > lawn[2] and 90 < lawn[1] < 190
+    # transparent surroundings of the heart are white
+    assert (load('sharp_grey-8bit-alpha.png')[0, 0] == 255).all()
+    for name in ('kde_ColdRipple_small.jpg', 'sharp_grey-8bit-alpha.png'):
+        grey = load(name)
+        assert (grey == grey[..., :1]).all()
