@@ -229,7 +229,9 @@ def logits_to_probs(logits, temperature=1.0, top_k=None, top_p=None):
 
 def choose(probs, noise):
     """(B, V) probabilities, not necessarily normalised, and (B,) uniform numbers of [0, 1) -> (B,) tokens: the inverse CDF."""
-    cdf = probs.cumsum(-1)
+    # 4,096 small steps add up: in float64 the edges between colours stay where they are when logits differ in the last
+    # bit, as they do between batch sizes or with and without the cache (MPS has no float64)
+    cdf = probs.cumsum(-1, dtype=None if probs.device.type == 'mps' else torch.float64)
     # a little below 1, so that rounding can never lead past the last colour that has a probability
     target = noise[:, None] * (1 - 2 ** -22) * cdf[:, -1:]
     return torch.searchsorted(cdf, target, right=True)[:, 0]

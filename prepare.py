@@ -139,7 +139,7 @@ def open_source(source, args, cache_dir):
         if not os.path.isfile(s):
             raise UserError(f'--source {source}: there is no file {s}')
     import datasets
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said below, once
     try:
         if shards:
             return Table(datasets.load_dataset('parquet', data_files={'rows': shards}, cache_dir=cache_dir))

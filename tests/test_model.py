@@ -1,0 +1,274 @@
+"""The model and the sampler: what is predicted from what, and that the cache changes nothing."""
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import extras
+import prepare
+from model import GPT, GPTConfig, choose, logits_to_probs
+
+SIDE = 12
+TOKENS = SIDE * SIDE
+
+
+def small(start_embedding=True, tokens=TOKENS, seed=0, std=None, **kwargs):
+    """A small model; with std its weights are large enough that what it draws depends on what it sees."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**{**dict(block_size=tokens - (not start_embedding), n_layer=3, n_head=2, n_embd=32, start_embedding=start_embedding), **kwargs}))
+    if std:
+        for p in model.parameters():
+            if p.dim() >= 2:
+                torch.nn.init.normal_(p, std=std)
+    return model.eval()
+
+
+def images(count, side=SIDE, seed=0):
+    source = prepare.Synthetic(count, seed)
+    return torch.from_numpy(np.stack([extras.pack_rgb(source.rgb(i, side)).reshape(-1) for i in range(count)]).astype(np.int64))
+
+
+both = pytest.mark.parametrize('start_embedding', [True, False])
+
+
+# -----------------------------------------------------------------------------
+# training
+
+@both
+def test_loss_before_training_is_that_of_a_guess(start_embedding):
+    tokens = torch.randint(4096, (4, 1024), generator=torch.Generator().manual_seed(0))
+    for seed in range(3):
+        loss = small(start_embedding, tokens=1024, seed=seed, n_layer=4, n_head=4, n_embd=128)(tokens)[1]
+        assert abs(loss.item() - math.log(4096)) < 0.1
+
+
+@both
+def test_a_single_batch_can_be_learnt_by_heart(start_embedding):
+    model, tokens = small(start_embedding).train(), images(4)
+    optimizer = model.configure_optimizer(0.0, 3e-3, (0.9, 0.95))
+    for _ in range(200):
+        _, loss = model(tokens)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.5
+
+
+@both
+def test_what_is_predicted_and_that_the_loss_is_its_mean(start_embedding):
+    model, tokens = small(start_embedding, std=0.2), images(3)
+    logits, loss = model(tokens)
+    predicted = TOKENS if start_embedding else TOKENS - 1
+    assert logits.shape == (3, predicted, 4096)
+    by_hand = -logits.log_softmax(-1).gather(-1, tokens[:, -predicted:, None]).mean()
+    assert torch.allclose(loss, by_hand, atol=1e-5)
+
+
+@both
+def test_no_pixel_sees_itself_or_the_future(start_embedding):
+    model, tokens = small(start_embedding, std=0.2), images(1)
+    before = model(tokens)[0]
+    predicted = before.size(1)
+    first = TOKENS - predicted  # the pixel that logits[:, 0] belong to
+    for pixel in (0, 1, SIDE - 1, SIDE, TOKENS // 2, TOKENS - 2):
+        changed = tokens.clone()
+        changed[0, pixel] = (changed[0, pixel] + 1234) % 4096
+        difference = (model(changed)[0] - before).abs().amax((0, 2))
+        assert (difference[:max(pixel + 1 - first, 0)] == 0).all()  # pixels up to this one: to the last bit
+        assert (difference[pixel + 1 - first:] > 0).all()  # and every later one does see it
+
+
+@both
+def test_only_earlier_pixels_have_a_gradient(start_embedding):
+    model, tokens = small(start_embedding, std=0.2), images(1)
+    x = model.embed(tokens[:, :-1]).detach().requires_grad_()
+    position = TOKENS // 2
+    model.lm_head(model.trunk(x))[0, position].logsumexp(0).backward()
+    reach = x.grad[0].abs().sum(-1)
+    assert (reach[:position + 1] > 0).all() and (reach[position + 1:] == 0).all()
+
+
+def test_the_first_pixel_is_learnt_from_the_start_embedding():
+    model, tokens = small().train(), images(1).repeat(4, 1)
+    tokens[:, 0] = torch.tensor([0xFEC, 0xFEC, 0xFEC, 0x123])
+    optimizer = model.configure_optimizer(0.0, 3e-3, (0.9, 0.95))
+    for _ in range(200):
+        model(tokens)[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    first = model(tokens)[0][0, 0].softmax(0).detach()
+    assert first[0xFEC] == pytest.approx(0.75, abs=0.1) and first[0x123] == pytest.approx(0.25, abs=0.1)
+
+
+# -----------------------------------------------------------------------------
+# the ancestor
+
+def nanogpt_logits(weights, tokens, n_head):
+    """GPT-2's forward pass written out from its state dict, sharing no line with model.py."""
+    x = weights['transformer.wte.weight'][tokens] + weights['transformer.wpe.weight'][:tokens.size(1)]
+    B, T, C = x.shape
+    norm = lambda x, name: F.layer_norm(x, (C,), weights[name + '.weight'], weights.get(name + '.bias'))
+    linear = lambda x, name: F.linear(x, weights[name + '.weight'], weights.get(name + '.bias'))
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    for i in range(sum(name.endswith('ln_1.weight') for name in weights)):
+        h = f'transformer.h.{i}.'
+        q, k, v = (t.reshape(B, T, n_head, -1).transpose(1, 2) for t in linear(norm(x, h + 'ln_1'), h + 'attn.c_attn').chunk(3, -1))
+        scores = (q @ k.transpose(-1, -2) / math.sqrt(C // n_head)).masked_fill(future, -math.inf)
+        x = x + linear((scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, C), h + 'attn.c_proj')
+        x = x + linear(F.gelu(linear(norm(x, h + 'ln_2'), h + 'mlp.c_fc')), h + 'mlp.c_proj')
+    return norm(x, 'transformer.ln_f') @ weights['lm_head.weight'].T
+
+
+def nanogpt_checkpoint(bias=False, side=SIDE, prefix='', n_layer=2, n_embd=32):
+    """A checkpoint as nanoGPT's train.py writes it: no start embedding, no image shape, names of a compiled model."""
+    torch.manual_seed(1)
+    block_size, shapes = side * side - 1, {'transformer.wte.weight': (4096, n_embd), 'transformer.wpe.weight': (side * side - 1, n_embd)}
+    for i in range(n_layer):
+        h = f'transformer.h.{i}.'
+        for name, shape in (('ln_1', (n_embd,)), ('attn.c_attn', (3 * n_embd, n_embd)), ('attn.c_proj', (n_embd, n_embd)), ('ln_2', (n_embd,)),
+                            ('mlp.c_fc', (4 * n_embd, n_embd)), ('mlp.c_proj', (n_embd, 4 * n_embd))):
+            shapes[f'{h}{name}.weight'] = shape
+            if bias:
+                shapes[f'{h}{name}.bias'] = shape[:1]
+    shapes['transformer.ln_f.weight'] = (n_embd,)
+    if bias:
+        shapes['transformer.ln_f.bias'] = (n_embd,)
+    weights = {name: torch.randn(shape) * 0.2 for name, shape in shapes.items()}
+    weights['lm_head.weight'] = weights['transformer.wte.weight']
+    return {'model': {prefix + name: tensor for name, tensor in weights.items()}, 'optimizer': {'state': {}, 'param_groups': []}, 'iter_num': 6000,
+            'model_args': dict(n_layer=n_layer, n_head=2, n_embd=n_embd, block_size=block_size, bias=bias, vocab_size=4096, dropout=0.0),
+            'best_val_loss': torch.tensor(3.0), 'config': {'dataset': 'landscape'}}
+
+
+@pytest.mark.parametrize('bias, prefix', [(False, '_orig_mod.'), (True, '')])
+def test_without_start_embedding_it_is_the_ancestor(tmp_path, bias, prefix):
+    path = str(tmp_path / 'ckpt.pt')
+    saved = nanogpt_checkpoint(bias, prefix=prefix)
+    torch.save(saved, path)
+    checkpoint = extras.load_checkpoint(path)
+    assert (checkpoint['height'], checkpoint['width']) == (SIDE, SIDE)
+    model = extras.build_model(checkpoint, path, 'cpu')
+    assert not model.config.start_embedding and model.config.tokens_per_image == TOKENS
+    tokens = images(2)
+    expected = nanogpt_logits(checkpoint['model'], tokens[:, :-1], n_head=2)
+    assert torch.allclose(model(tokens)[0], expected, atol=1e-4)
+    assert set(model.state_dict()) == {name.removeprefix(prefix) for name in saved['model']}
+
+
+def test_the_ancestors_usage_keeps_working(tmp_path):
+    model = small(tokens=4096)
+    torch.save({'model': model.state_dict(), 'model_args': dataclasses.asdict(model.config)}, tmp_path / 'ckpt6000.pt')
+
+    checkpoint = torch.load(tmp_path / 'ckpt6000.pt', weights_only=True)
+    model = GPT(GPTConfig(**checkpoint['model_args']))
+    model.load_state_dict(checkpoint['model'])
+    tokens = model.generate([[0xFEC]], max_new_tokens=4095, temperature=0.8)
+    extras.save_bmp(tokens.reshape(64, 64), str(tmp_path / 'picture.bmp'))
+
+    assert tokens.shape == (1, 4096) and tokens[0, 0] == 0xFEC
+    assert (tmp_path / 'picture.bmp').stat().st_size == 54 + 64 * 64 * 3
+
+
+# -----------------------------------------------------------------------------
+# sampling
+
+OPTIONS = {'greedy': dict(temperature=0), 'plain': {}, 'cold': dict(temperature=0.7), 'top-k': dict(top_k=50), 'top-p': dict(top_p=0.8),
+           'all': dict(temperature=1.3, top_k=500, top_p=0.9)}
+
+
+@both
+@pytest.mark.parametrize('batch', [1, 8])
+@pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS)
+def test_the_cache_changes_no_token(start_embedding, batch, options):
+    # in float64, where rounding cannot move a draw across the edge between two colours: what is compared is the method
+    model = small(start_embedding, std=0.2).double()
+    for pixels in (0 if start_embedding else 1, 5 * SIDE):  # from nothing (or one pixel), and from five rows of different pictures
+        prompt = images(batch)[:, :pixels]
+        cached, plain = (model.generate(prompt, use_cache=use_cache, generator=torch.Generator().manual_seed(3), **options) for use_cache in (True, False))
+        assert cached.shape == (batch, TOKENS) and (cached == plain).all()
+        assert (cached[:, :pixels] == prompt).all()
+        assert len(cached[:, pixels:].unique()) > 5  # it is not one colour for ever
+
+
+@both
+@pytest.mark.parametrize('batch', [1, 8])
+def test_nor_does_it_in_float32_but_for_draws_on_an_edge(start_embedding, batch):
+    model, prompt = small(start_embedding, std=0.2), images(batch)[:, :SIDE]
+    cached, plain = (model.generate(prompt, use_cache=use_cache, generator=torch.Generator().manual_seed(3)) for use_cache in (True, False))
+    noise = torch.rand(batch, TOKENS - SIDE, generator=torch.Generator().manual_seed(3))
+    for image in range(batch):
+        differ = (cached[image] != plain[image]).nonzero()
+        if len(differ):  # the first difference has to be one of rounding: the noise is where one colour ends and another begins
+            first = differ[0].item()
+            cdf = model(plain[image:image + 1])[0][0, first - TOKENS].double().softmax(-1).cumsum(-1)
+            assert (cdf - noise[image, first - SIDE]).abs().min() < 1e-6
+
+
+@both
+def test_cached_logits_are_those_of_whole_images(start_embedding):
+    model, tokens = small(start_embedding, std=0.2), images(3)
+    whole = model(tokens)[0]
+    cache = model.new_cache(3)
+    x = model.embed(tokens[:, :-1])
+    steps = [model.trunk(x[:, :20], cache, 0)]  # a prompt at once, then pixel by pixel
+    steps += [model.trunk(x[:, i:i + 1], cache, i) for i in range(20, x.size(1))]
+    assert (model.lm_head(torch.cat(steps, dim=1)) - whole).abs().max() < 1e-4
+
+
+def test_the_same_seed_paints_the_same_in_batches_of_any_size():
+    model, prompt = small(std=0.2).double(), images(6)[:, :SIDE]
+    paint = lambda size: torch.cat([model.generate(part, generator=generator) for generator in [torch.Generator().manual_seed(5)] for part in prompt.split(size)])
+    assert (paint(6) == paint(1)).all() and (paint(6) == paint(4)).all()
+    assert (paint(6) != model.generate(prompt, generator=torch.Generator().manual_seed(6))).any()
+
+
+def test_greedy_takes_the_likeliest_colour_whatever_the_noise():
+    model, prompt = small(std=0.2), images(2)[:, :SIDE]
+    one, two = (model.generate(prompt, temperature=0, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+    assert (one == two).all()
+    assert (model(one)[0].argmax(-1)[:, SIDE:] == one[:, SIDE:]).all()
+
+
+def test_part_of_an_image_and_what_does_not_fit():
+    model = small()
+    prompt = images(1)[:, :10]
+    assert model.generate(prompt, 7).shape == (1, 17) and model.generate(prompt, 0).equal(prompt)
+    steps = []
+    model.generate(prompt, 7, progress=lambda: steps.append(1))
+    assert len(steps) == 7
+    with pytest.raises(ValueError, match='do not fit'):
+        model.generate(prompt, TOKENS)
+    with pytest.raises(ValueError, match='cannot draw the first pixel'):
+        small(start_embedding=False).generate(torch.zeros(1, 0))
+    with pytest.raises(ValueError, match='make it a multiple'):
+        GPT(GPTConfig(n_embd=30, n_head=4))
+
+
+def test_top_k_and_top_p_keep_the_likeliest():
+    logits = torch.log(torch.tensor([[0.05, 0.4, 0.25, 0.2, 0.1]]))
+    kept = lambda **options: logits_to_probs(logits, **options)[0].nonzero().flatten().tolist()
+    assert kept() == [0, 1, 2, 3, 4]
+    assert kept(top_k=1) == [1] and kept(top_k=3) == [1, 2, 3] and kept(top_k=99) == [0, 1, 2, 3, 4]
+    assert kept(top_p=0.39) == [1] and kept(top_p=0.41) == [1, 2] and kept(top_p=0.7) == [1, 2, 3] and kept(top_p=1.0) == [0, 1, 2, 3, 4]
+    assert kept(temperature=0) == [1]
+    assert logits_to_probs(logits, temperature=0.5)[0, 1] == pytest.approx(0.16 / (0.0025 + 0.16 + 0.0625 + 0.04 + 0.01))
+
+
+def test_colours_are_drawn_as_often_as_they_are_likely():
+    probs = torch.tensor([0.1, 0.0, 0.6, 0.3, 0.0]).expand(100_000, 5)
+    drawn = choose(probs, torch.rand(100_000, generator=torch.Generator().manual_seed(0)))
+    share = torch.bincount(drawn, minlength=5) / 100_000
+    assert share[1] == 0 and share[4] == 0 and (share - probs[0]).abs().max() < 0.006
+
+
+@pytest.mark.parametrize('noise', [0.0, 1 - 2 ** -24])
+def test_the_ends_of_the_noise_draw_no_impossible_colour(noise):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        probs = torch.rand(64, 4096, generator=generator).softmax(-1)
+        probs[:, :100] = probs[:, 3000:] = 0
+        drawn = choose(probs, torch.full((64,), noise))
+        assert (probs.gather(1, drawn[:, None]) > 0).all()

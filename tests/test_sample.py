@@ -1,0 +1,103 @@
+"""What sample.py writes."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import extras
+from conftest import SHARED, call
+from test_model import nanogpt_checkpoint
+
+
+def tokens(path, scale=1):
+    with Image.open(path) as image:
+        return extras.pack_rgb(np.asarray(image.convert('RGB'))[::scale, ::scale])
+
+
+@pytest.fixture(scope='module')
+def ckpt(trained):
+    return trained / 'ckpt20.pt'
+
+
+def test_pictures_and_their_sheet(ckpt, tmp_path):
+    out = call('sample.py', '--ckpt', ckpt, '--num_samples', 5, '--out', tmp_path / 'new' / 'a.png', '--scale', 3)
+    folder = tmp_path / 'new'
+    assert sorted(p.name for p in folder.iterdir()) == ['a.png', *(f'a_{i}.png' for i in range(5))]
+    assert '1.28k/1.28k' in out and f'wrote {folder}/a.png' in out  # the progress bar has counted 5 * 256 pixels
+    sheet = tokens(folder / 'a.png')
+    for i in range(5):
+        picture = tokens(folder / f'a_{i}.png')
+        assert picture.shape == (48, 48) and (picture == picture[::3, ::3].repeat(3, 0).repeat(3, 1)).all()
+        y, x = i // 3 * 50 + 2, i % 3 * 50 + 2
+        assert (sheet[y:y + 48, x:x + 48] == picture).all()
+    assert len({tokens(folder / f'a_{i}.png').tobytes() for i in range(5)}) == 5
+
+
+def test_one_picture_is_one_file(ckpt, tmp_path):
+    call('sample.py', '--ckpt', ckpt, '--num_samples', 1, '--out', tmp_path / 'a.bmp')
+    assert [p.name for p in tmp_path.iterdir()] == ['a.bmp'] and tokens(tmp_path / 'a.bmp').shape == (16, 16)
+
+
+def test_the_seed_decides_and_the_batch_does_not(ckpt, tmp_path):
+    for name, args in (('a', ()), ('b', ('--batch_size', 2)), ('c', ('--seed', 8))):
+        call('sample.py', '--ckpt', ckpt, '--num_samples', 3, '--out', tmp_path / f'{name}.png', '--temperature', 0.9, '--top_k', 200, '--top_p', 0.95, *args)
+    a, b, c = (tokens(tmp_path / f'{name}.png') for name in 'abc')
+    assert (a == b).all() and (a != c).any()
+
+
+@pytest.mark.parametrize('text', ['FEC', '0xfec', '#f0e0c0'])
+def test_the_first_pixel_is_the_given_one(ckpt, tmp_path, text):
+    call('sample.py', '--ckpt', ckpt, '--num_samples', 2, '--out', tmp_path / 'a.png', '--first_pixel', text)
+    assert [tokens(tmp_path / f'a_{i}.png')[0, 0] for i in range(2)] == [0xFEC, 0xFEC]
+
+
+def test_the_first_pixel_is_drawn(ckpt, tmp_path):
+    call('sample.py', '--ckpt', ckpt, '--num_samples', 12, '--out', tmp_path / 'a.png', '--first_pixel', 'sample')
+    assert len({int(tokens(tmp_path / f'a_{i}.png')[0, 0]) for i in range(12)}) > 3
+
+
+def test_a_picture_is_completed(ckpt, data, tmp_path):
+    meta = extras.load_meta(str(data))
+    original = extras.load_tokens(str(data), 'val', meta)[0].reshape(16, 16)
+    extras.save_bmp(original, str(tmp_path / 'photo.png'))
+    call('sample.py', '--ckpt', ckpt, '--image', tmp_path / 'photo.png', '--rows', 5, '--num_samples', 3, '--out', tmp_path / 'a.png')
+    for i in range(3):
+        picture = tokens(tmp_path / f'a_{i}.png')
+        assert (picture[:5] == original[:5]).all() and (picture[5:] != original[5:]).any()
+    sheet = tokens(tmp_path / 'a.png')
+    assert sheet.shape == (20, 5 * 18 + 2)
+    context, last = sheet[2:18, 2:18], sheet[2:18, 74:90]
+    assert (context[:5] == original[:5]).all() and (context[5:] == 0x666).all() and (last == original).all()
+    assert (sheet[2:18, 20:36] == tokens(tmp_path / 'a_0.png')).all()
+
+
+@pytest.mark.skipif(not (SHARED / 'photos_mixed').is_dir(), reason='no photographs here')
+def test_a_photograph_on_its_side_is_completed_upright(ckpt, tmp_path):
+    photo = SHARED / 'photos_mixed' / 'exif_Landscape_6.jpg'
+    call('sample.py', '--ckpt', ckpt, '--image', photo, '--num_samples', 1, '--out', tmp_path / 'a.png')
+    original = extras.pack_rgb(extras.load_rgb(photo, 16))
+    assert (tokens(tmp_path / 'a_0.png' if (tmp_path / 'a_0.png').exists() else tmp_path / 'a.png')[2:10, 20:36] == original[:8]).all()
+
+
+def test_the_animation_paints_row_by_row(ckpt, tmp_path):
+    call('sample.py', '--ckpt', ckpt, '--num_samples', 2, '--out', tmp_path / 'a.png', '--gif', '--scale', 2)
+    with Image.open(tmp_path / 'a.gif') as animation:
+        frames = []
+        for i in range(animation.n_frames):
+            animation.seek(i)
+            frames.append(np.asarray(animation.convert('RGB')).astype(int))
+    assert len(frames) == 17
+    final = np.asarray(Image.open(tmp_path / 'a.png').convert('RGB')).astype(int)
+    assert frames[0].shape == final.shape and np.abs(frames[-1] - final).mean() < 8  # 256 colours a frame
+    for i, frame in enumerate(frames):
+        grey = np.abs(frame - 102).max(-1) <= 12
+        assert grey[2 + 2 * i:34, 2:34].all()  # below the rows that stand
+
+
+def test_the_ancestors_checkpoint_paints_without_a_data_folder(tmp_path):
+    torch.save(nanogpt_checkpoint(side=16, prefix='_orig_mod.'), tmp_path / 'ckpt.pt')
+    call('sample.py', '--ckpt', tmp_path / 'ckpt.pt', '--num_samples', 1, '--out', tmp_path / 'a.png', cwd=tmp_path)
+    assert tokens(tmp_path / 'a.png').shape == (16, 16) and tokens(tmp_path / 'a.png')[0, 0] == 0xFEC
+    torch.save(nanogpt_checkpoint(side=64, n_layer=1), tmp_path / 'ckpt64.pt')
+    call('sample.py', '--ckpt', tmp_path / 'ckpt64.pt', '--num_samples', 1, '--out', tmp_path / 'b.png', '--first_pixel', '8AF')
+    assert tokens(tmp_path / 'b.png').shape == (64, 64) and tokens(tmp_path / 'b.png')[0, 0] == 0x8AF

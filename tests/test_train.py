@@ -1,0 +1,248 @@
+"""The training loop: order, exact resuming, several processes, what is kept, and what stops it."""
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import extras
+import train
+from conftest import ENV, ROOT, TINY, call, command
+
+
+def run(data, out, *args, code=0):
+    return call('train.py', *TINY, f'--data_dir={data}', f'--out_dir={out}', *args, code=code)
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b):
+    """Equal to the last bit, whatever the nesting."""
+    if torch.is_tensor(a):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def log(out):
+    with open(out / 'log.csv') as f:
+        return list(csv.DictReader(f))
+
+
+# -----------------------------------------------------------------------------
+# data and schedule
+
+def test_every_image_once_an_epoch_in_an_order_of_seed_and_epoch_alone():
+    orders = {(seed, epoch): train.epoch_order(seed, epoch, 50)[0].tolist() for seed in (1, 2) for epoch in range(3)}
+    assert all(sorted(order) == list(range(50)) for order in orders.values())
+    assert len({tuple(order) for order in orders.values()}) == 6
+    train.epoch_order.cache_clear()
+    assert train.epoch_order(2, 1, 50)[0].tolist() == orders[2, 1]
+
+
+def test_batches_walk_through_the_epochs_without_a_gap():
+    data = np.arange(10, dtype=np.uint16)[:, None].repeat(6, 1)
+    config, meta = train.TrainConfig(flip=False, seed=3), dict(height=2, width=3)
+    seen = torch.cat([train.get_batch(data, range(i, i + 4), config, meta, 'cpu')[:, 0] for i in range(0, 40, 4)]).tolist()
+    assert seen == [i for epoch in range(4) for i in train.epoch_order(3, epoch, 10)[0]]
+
+
+def test_flips_mirror_rows_and_nothing_else():
+    data = np.arange(600, dtype=np.uint16).reshape(100, 6)
+    meta = dict(height=2, width=3)
+    flipped = train.get_batch(data, range(100), train.TrainConfig(flip=True), meta, 'cpu').reshape(100, 2, 3)
+    plain = train.get_batch(data, range(100), train.TrainConfig(flip=False), meta, 'cpu').reshape(100, 2, 3)
+    mirrored = (flipped == plain.flip(2)).all((1, 2))
+    assert 30 < mirrored.sum() < 70 and (mirrored | (flipped == plain).all((1, 2))).all()
+
+
+def test_learning_rate():
+    config = train.TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110)
+    rates = [train.get_lr(i, config) for i in range(111)]
+    assert rates[0] == pytest.approx(1 / 11) and rates[10] == 1.0 and rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
+    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+# -----------------------------------------------------------------------------
+# what a run leaves
+
+def test_what_a_run_leaves(trained, data):
+    assert sorted(p.name for p in trained.iterdir()) == ['ckpt10.pt', 'ckpt20.pt', 'images', 'log.csv', 'loss.png']
+    for name in ('loss.png', 'images/output10.png', 'images/output20.png'):
+        with Image.open(trained / name) as image:
+            assert min(image.size) >= 32
+    rows = log(trained)
+    assert [int(r['iteration']) for r in rows] == [5, 10, 10, 15, 20, 20] and [bool(r['val_loss']) for r in rows] == [False, False, True] * 2
+    for r in rows:
+        assert int(r['images']) == 8 * int(r['iteration']) and int(r['tokens']) == 256 * int(r['images'])
+        assert float(r['bits_per_pixel']) == pytest.approx(float(r['val_loss'] or r['train_loss']) / math.log(2), abs=1e-4)
+    assert [float(r['seconds']) for r in rows] == sorted(float(r['seconds']) for r in rows)
+    checkpoint = load(trained / 'ckpt20.pt')
+    assert checkpoint.keys() == {'model', 'optimizer', 'scaler', 'model_args', 'iter_num', 'best_val_loss', 'config', 'height', 'width', 'run'}
+    assert checkpoint['iter_num'] == 20 and checkpoint['height'] == checkpoint['width'] == 16
+    assert not any('_orig_mod' in name or name.startswith('module.') for name in checkpoint['model'])
+
+
+def test_validation_counts_every_pixel_of_every_image(trained, data):
+    model = extras.build_model(extras.load_checkpoint(str(trained / 'ckpt20.pt')), '', 'cpu')
+    val = extras.load_tokens(str(data), 'val', extras.load_meta(str(data)))
+    with torch.no_grad():
+        losses = [model(torch.from_numpy(row[None].astype(np.int64)))[1].item() for row in val]
+    assert len(losses) == 8 and float(log(trained)[-1]['val_loss']) == pytest.approx(np.mean(losses), abs=1e-4)
+
+
+def test_it_learns(data, tmp_path):
+    run(data, tmp_path, '--max_iters=60', '--log_interval=10')
+    assert float(log(tmp_path)[-1]['bits_per_pixel']) < 9.5 < 11 < float(log(tmp_path)[0]['bits_per_pixel'])
+
+
+def test_a_config_file_and_the_command_line_over_it(data, tmp_path):
+    (tmp_path / 'my.py').write_text('"""Mine."""\nbatch_size = 2 * 4  # images\nmax_iters = batch_size // 2\neval_at = (1, 3)\nflip = False\nlearning_rate = 1\n')
+    call('train.py', tmp_path / 'my.py', *(a for a in TINY if 'batch_size' not in a), f'--data_dir={data}', f'--out_dir={tmp_path}', '--max_iters=3')
+    config = load(tmp_path / 'ckpt3.pt')['config']
+    assert (config['batch_size'], config['max_iters'], config['eval_at'], config['flip']) == (8, 3, (1, 3), False)
+    assert config['learning_rate'] == 3e-3  # the command line wins
+    assert (tmp_path / 'ckpt1.pt').exists()
+
+
+def test_every_config_file_of_the_repository_is_understood():
+    for path in sorted((ROOT / 'config').glob('*.py')):
+        config = extras.load_config(train.TrainConfig, [str(path)])
+        train.check(config, 1)
+
+
+def test_help_lists_every_key():
+    out = call('train.py', '--help')
+    for name in train.TrainConfig.__dataclass_fields__:
+        assert f'--{name} ' in out
+
+
+def test_old_checkpoints_go_but_not_the_best(data, tmp_path):
+    run(data, tmp_path, '--max_iters=8', '--eval_interval=2', '--keep_checkpoints=2')
+    assert sorted(tmp_path.glob('ckpt*.pt')) == [tmp_path / 'ckpt6.pt', tmp_path / 'ckpt8.pt']
+    # from here on a learning rate far too high: nothing after iteration 8 is better
+    (tmp_path / 'ckpt999.pt').write_bytes(b'of another run')
+    run(data, tmp_path, f'--init_from={tmp_path}/ckpt8.pt', '--max_iters=14', '--eval_interval=2', '--keep_checkpoints=2', '--learning_rate=5', '--min_lr=5', '--grad_clip=0')
+    assert {p.name for p in tmp_path.glob('ckpt*.pt')} == {'ckpt8.pt', 'ckpt14.pt', 'ckpt999.pt'}
+
+
+# -----------------------------------------------------------------------------
+# resuming
+
+def kill_when(process, condition):
+    """kill -9, the moment that condition holds."""
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_resuming_after_kill_9_is_exact(data, tmp_path):
+    # with dropout, so that the random numbers count as well
+    args = [*TINY, f'--data_dir={data}', '--dropout=0.1', '--max_iters=20', '--eval_interval=10']
+    call('train.py', *args, f'--out_dir={tmp_path}/whole')
+    process = subprocess.Popen(command('train.py', *args, f'--out_dir={tmp_path}/killed'), env=ENV, stdout=subprocess.PIPE, text=True)
+    kill_when(process, (tmp_path / 'killed' / 'ckpt10.pt').exists)
+    assert not (tmp_path / 'killed' / 'ckpt20.pt').exists()
+    out = call('train.py', *args, f'--out_dir={tmp_path}/killed', '--init_from=resume')
+    assert 'ckpt10.pt, iteration 10' in out
+    whole, killed = load(tmp_path / 'whole' / 'ckpt20.pt'), load(tmp_path / 'killed' / 'ckpt20.pt')
+    for part in ('model', 'optimizer', 'scaler', 'best_val_loss', 'iter_num'):
+        assert same(whole[part], killed[part]), part
+    strip = lambda out: [{k: v for k, v in row.items() if k != 'seconds'} for row in log(out)]
+    assert strip(tmp_path / 'whole') == strip(tmp_path / 'killed')
+    assert (tmp_path / 'whole' / 'images' / 'output20.png').read_bytes() == (tmp_path / 'killed' / 'images' / 'output20.png').read_bytes()
+
+
+def test_kill_9_while_a_checkpoint_is_written_leaves_the_earlier_one(tmp_path):
+    path = tmp_path / 'ckpt.pt'
+    code = ("import sys, torch, extras\n"
+            "for i in range(1000): extras.save_checkpoint({'model': {'w': torch.full((40_000_000,), float(i))}}, sys.argv[1])")
+    for trial in range(3):
+        process = subprocess.Popen([sys.executable, '-c', code, str(path)], env=ENV, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        partial = tmp_path / 'ckpt.pt.partial'
+        kill_when(process, lambda: path.exists() and partial.exists() and 0 < partial.stat().st_size < 150_000_000)
+        assert 0 < partial.stat().st_size < 160_000_000  # really in the middle
+        w = load(path)['model']['w']
+        assert len(w) == 40_000_000 and (w == w[0]).all()
+        partial.unlink(), path.unlink()
+
+
+def test_resume_takes_the_checkpoint_written_last(data, tmp_path):
+    run(data, tmp_path, '--max_iters=4', '--eval_interval=2')
+    os.utime(tmp_path / 'ckpt4.pt', (1, 1))  # left over from an older run
+    assert 'ckpt2.pt, iteration 2' in run(data, tmp_path, '--max_iters=4', '--init_from=resume')
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(data, tmp_path):
+    run(data, tmp_path, '--max_iters=5')
+    before = (tmp_path / 'ckpt5.pt').read_bytes()
+    out = run(data, tmp_path, '--init_from=resume', '--max_iters=40', '--eval_interval=5', '--learning_rate=1e30', '--min_lr=1e30', '--grad_clip=0', code=1)
+    assert 'ckpt5.pt is the last good checkpoint' in out and 'Try a lower --learning_rate' in out and 'Traceback' not in out
+    assert (tmp_path / 'ckpt5.pt').read_bytes() == before
+    for path in tmp_path.glob('ckpt*.pt'):
+        assert all(tensor.isfinite().all() for tensor in load(path)['model'].values())
+
+
+# -----------------------------------------------------------------------------
+# several processes and pieces
+
+def close(a, b):
+    return all(torch.allclose(a[name], b[name], atol=2e-5, rtol=1e-4) for name in a)
+
+
+def test_gradient_accumulation_changes_nothing_but_memory(data, tmp_path):
+    run(data, tmp_path / 'whole', '--max_iters=6')
+    run(data, tmp_path / 'pieces', '--max_iters=6', '--gradient_accumulation_steps=4')
+    assert close(load(tmp_path / 'whole' / 'ckpt6.pt')['model'], load(tmp_path / 'pieces' / 'ckpt6.pt')['model'])
+
+
+def test_two_ranks_are_one_process_with_the_same_batch(data, tmp_path):
+    args = [*TINY, f'--data_dir={data}', '--max_iters=6', '--log_interval=2']
+    call('train.py', *args, f'--out_dir={tmp_path}/one')
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(ROOT / 'train.py'), *args,
+                           f'--out_dir={tmp_path}/two', '--gradient_accumulation_steps=2'], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count('iter 6 | validation') == 1  # one rank speaks
+    one, two = load(tmp_path / 'one' / 'ckpt6.pt'), load(tmp_path / 'two' / 'ckpt6.pt')
+    assert close(one['model'], two['model']) and one['model'].keys() == two['model'].keys()
+    for a, b in zip(log(tmp_path / 'one'), log(tmp_path / 'two'), strict=True):
+        assert float(a['bits_per_pixel']) == pytest.approx(float(b['bits_per_pixel']), abs=1e-3)
+    # and a run of one rank can be resumed by two
+    out = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(ROOT / 'train.py'), *args,
+                          f'--out_dir={tmp_path}/one', '--init_from=resume', '--max_iters=8'], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
+    assert out.returncode == 0 and 'ckpt8.pt' in out.stdout, out.stdout
+
+
+def test_without_start_embedding_it_trains_and_paints(data, tmp_path):
+    run(data, tmp_path, '--max_iters=3', '--start_embedding=False')
+    checkpoint = load(tmp_path / 'ckpt3.pt')
+    assert checkpoint['model_args']['block_size'] == 255 and 'transformer.wse.weight' not in checkpoint['model']
+    assert (tmp_path / 'images' / 'output3.png').exists()
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_precisions_a_cpu_knows(data, tmp_path, dtype):
+    run(data, tmp_path, '--max_iters=3', f'--dtype={dtype}')
+    assert all(t.dtype == torch.float32 for t in load(tmp_path / 'ckpt3.pt')['model'].values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')
+@pytest.mark.parametrize('args', [['--dtype=bfloat16'], ['--dtype=float16', '--compile=False'], ['--dtype=float32', '--compile=False']])
+def test_on_a_gpu(data, tmp_path, args):
+    call('train.py', *(a for a in TINY if 'device' not in a), f'--data_dir={data}', f'--out_dir={tmp_path}', '--device=cuda', '--max_iters=60', *args)
+    assert float(log(tmp_path)[-1]['bits_per_pixel']) < 9.5
+    assert not any('_orig_mod' in name for name in load(tmp_path / 'ckpt60.pt')['model'])
