@@ -4,6 +4,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import importlib.util
 import io
 import os
 import pickle
@@ -32,6 +33,9 @@ def run(main):
         main()
     except UserError as e:
         sys.exit(f'error: {e}')
+    except (MemoryError, torch.OutOfMemoryError):
+        sys.exit('error: out of memory: use a smaller batch (train.py: more --gradient_accumulation_steps, a smaller --eval_batch_size; '
+                 'sample.py: a smaller --batch_size)')
     except OSError as e:  # no such folder, no permission, disk full
         sys.exit(f'error: {e.strerror or e}' + (f': {e.filename}' if e.filename else ''))
     except KeyboardInterrupt:
@@ -196,15 +200,14 @@ def load_meta(data_dir):
     try:
         with open(path, 'rb') as f:
             meta = _PlainUnpickler(f).load()
-        if meta['vocab_size'] != VOCAB_SIZE:
-            raise UserError(f"{path} speaks of {meta['vocab_size']} colours, this program of {VOCAB_SIZE}: prepare the data again")
-        if meta['tokens_per_image'] != meta['height'] * meta['width']:
+        height, width, tokens, _, _ = (int(meta[name]) for name in ('height', 'width', 'tokens_per_image', 'train_images', 'val_images'))
+        if tokens != height * width:
             raise ValueError('tokens_per_image is not height * width')
-        return meta
-    except UserError:
-        raise
     except Exception as e:  # a damaged pickle can raise nearly anything
-        raise UserError(f'{path} is damaged or no plain dictionary ({e}): prepare the data again') from None
+        raise UserError(f'{path} is damaged or no plain dictionary ({type(e).__name__}: {e}): prepare the data again') from None
+    if meta.get('vocab_size') != VOCAB_SIZE:
+        raise UserError(f"{path} speaks of {meta.get('vocab_size')} colours, this program of {VOCAB_SIZE}: prepare the data again")
+    return meta
 
 
 def load_tokens(data_dir, split, meta):
@@ -241,16 +244,15 @@ def load_checkpoint(path, device='cpu'):
         checkpoint['model'] = {name: tensor for name, tensor in weights.items() if not name.endswith('.attn.bias')}
         args = checkpoint['model_args']
         args.setdefault('start_embedding', False)  # nanoGPT knows of none, and does not say so
+        tokens = args['block_size'] + (not args['start_embedding'])
+        checkpoint.setdefault('height', int(tokens ** 0.5))  # nor does it know a shape: the ancestor's pictures are square
+        checkpoint.setdefault('width', int(tokens ** 0.5))
     except Exception as e:
         reason = str(e).split('\n')[0][:100]
         raise UserError(f'{path} is no readable checkpoint ({reason}): it may be half written or hold more than '
                         'tensors and plain values; use another one') from None
     if args.get('vocab_size') != VOCAB_SIZE:
         raise UserError(f"{path} has a vocabulary of {args.get('vocab_size')}, not of {VOCAB_SIZE} colours: it is not a model of pictures")
-    tokens = args['block_size'] + (not args['start_embedding'])
-    side = int(tokens ** 0.5)
-    checkpoint.setdefault('height', side)  # nanoGPT's know no shape: the ancestor's pictures are square
-    checkpoint.setdefault('width', side)
     if checkpoint['height'] * checkpoint['width'] != tokens:
         raise UserError(f'{path} paints {tokens} pixels, which make no picture: is it a model of text?')
     return checkpoint
@@ -401,6 +403,15 @@ def pick_dtype(name, device):
         name = 'float32' if not cuda else 'bfloat16' if torch.cuda.get_device_capability(device) >= (8, 0) else 'float16'
     if name not in ('float32', 'bfloat16', 'float16'):
         raise UserError(f'--dtype={name}: choose auto, float32, bfloat16 or float16')
-    if name == 'float16' and not cuda or name == 'bfloat16' and device.startswith('mps'):
+    if (name == 'float16' and not cuda) or (name == 'bfloat16' and device.startswith('mps')):
         raise UserError(f'--dtype={name} does not work on {device}: use --dtype=auto')
     return getattr(torch, name)
+
+
+def pick_compile(setting, device):
+    """True, False or 'auto' -> whether to use torch.compile: on CUDA, where Triton is installed and knows the card."""
+    if setting not in (True, False, 'auto'):
+        raise UserError(f'--compile={setting}: choose True, False or auto')
+    if setting != 'auto':
+        return setting
+    return device.startswith('cuda') and importlib.util.find_spec('triton') is not None and torch.cuda.get_device_capability(device) >= (7, 0)

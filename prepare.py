@@ -418,7 +418,10 @@ def main(argv=None):
     os.mkdir(staging)
     try:
         source = open_source(args.source, args, staging)
-        meta, skipped, (low, high) = write_dataset(source, args.source, args, staging)
+        try:
+            meta, skipped, (low, high) = write_dataset(source, args.source, args, staging)
+        except RuntimeError as e:  # of the DataLoader: the system has killed a worker
+            raise UserError(f'{" ".join(str(e).split())[:120]}: if memory ran out, try --workers 1') from None
         publish(staging, args.out_dir)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -87,6 +87,8 @@ def get_batch(data, slots, config, meta, device):
         row = data[order[i]].reshape(meta['height'], meta['width'])
         rows.append(row[:, ::-1] if config.flip and mirrored[i] else row)
     batch = torch.from_numpy(np.stack(rows).reshape(len(rows), -1).astype(np.int64))
+    if batch.max() >= extras.VOCAB_SIZE:
+        raise UserError(f'{config.data_dir}/train.bin holds the token {batch.max()}, which is no 12-bit colour: prepare the data again')
     return batch.pin_memory().to(device, non_blocking=True) if device.startswith('cuda') else batch.to(device)
 
 
@@ -189,8 +191,6 @@ def check(config, world_size):
         raise UserError(f'--dropout={config.dropout}: it has to be 0 or more and less than 1')
     if config.seed < 0:
         raise UserError(f'--seed={config.seed}: it has to be 0 or more')
-    if config.compile not in (True, False, 'auto'):
-        raise UserError(f'--compile={config.compile}: choose True, False or auto')
 
 
 def find_checkpoint(config):
@@ -220,6 +220,7 @@ def main(argv=None):
     dtype = extras.pick_dtype(config.dtype, device)
     autocast = torch.autocast(device.split(':')[0], dtype) if dtype != torch.float32 else contextlib.nullcontext()
     scaler = torch.amp.GradScaler('cuda', enabled=dtype == torch.float16)
+    compile_it = extras.pick_compile(config.compile, device)
     torch.set_float32_matmul_precision('high')  # TF32 where there is any
     say = print if master else lambda *_: None
 
@@ -247,8 +248,10 @@ def main(argv=None):
         if 'optimizer' not in checkpoint or 'run' not in checkpoint:
             raise UserError(f'{path} holds weights for sampling only: it cannot be resumed')
         raw_model.load_state_dict(checkpoint['model'])
-        optimizer.load_state_dict(checkpoint['optimizer'])
-        scaler.load_state_dict(checkpoint['scaler'])
+        # the moments from the checkpoint, but the weight decay and betas of this run's config
+        optimizer.load_state_dict({**checkpoint['optimizer'], 'param_groups': optimizer.state_dict()['param_groups']})
+        if checkpoint['scaler']:  # empty, unless it was float16
+            scaler.load_state_dict(checkpoint['scaler'])
         iteration, best_val_loss = checkpoint['iter_num'], checkpoint['best_val_loss']
         seconds, best_iter, saved = (checkpoint['run'][name] for name in ('seconds', 'best_iter', 'saved'))
         if iteration >= config.max_iters:
@@ -257,7 +260,6 @@ def main(argv=None):
         del checkpoint
 
     model = raw_model
-    compile_it = device.startswith('cuda') if config.compile == 'auto' else config.compile
     if compile_it:
         say('compiling the model: the first iterations take a minute longer')
         model = torch.compile(model)
@@ -326,16 +328,16 @@ def main(argv=None):
             stop_if_not_finite(val_loss)
             if val_loss < best_val_loss:
                 best_val_loss, best_iter = val_loss, iteration
+            saved.append(iteration)
             if master:
-                saved.append(iteration)
                 log(learning_rate=f'{get_lr(iteration - 1, config):.4g}', val_loss=round(val_loss, 5), bits_per_pixel=round(val_loss / math.log(2), 5))
                 path = os.path.join(config.out_dir, f'ckpt{iteration}.pt')
                 extras.save_checkpoint(dict(
                     model=raw_model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), model_args=model_args,
                     iter_num=iteration, best_val_loss=best_val_loss, config=asdict(config), height=meta['height'], width=meta['width'],
                     run=dict(seconds=seconds, best_iter=best_iter, saved=saved)), path)
-                while len(saved) > config.keep_checkpoints and len(saved) > 1:  # the oldest one goes, but for the best
-                    old = next(i for i in saved if i != best_iter)
+                # the oldest ones go, but never the best nor the last; what other runs have left here is not touched
+                while len(saved) > config.keep_checkpoints and (old := next((i for i in saved[:-1] if i != best_iter), None)):
                     saved.remove(old)
                     with contextlib.suppress(FileNotFoundError):
                         os.remove(os.path.join(config.out_dir, f'ckpt{old}.pt'))

@@ -68,6 +68,7 @@ MISTAKES = {
     'a word for compile': ('train.py {tiny} --compile=maybe', 'choose True, False or auto'),
     'a truncated train.bin': ('train.py {tiny} --data_dir={short}', 'whole images'),
     'a train.bin of half an image': ('train.py {tiny} --data_dir={half}', 'whole images'),
+    'tokens that are no colours': ('train.py {tiny} --data_dir={words}', 'no 12-bit colour'),
     'no val.bin': ('train.py {tiny} --data_dir={noval}', 'val.bin is missing'),
     'a damaged meta.pkl': ('train.py {tiny} --data_dir={badmeta}', 'is damaged'),
     'a meta.pkl that runs code': ('train.py {tiny} --data_dir={evilmeta}', 'is damaged or no plain dictionary'),
@@ -91,6 +92,7 @@ MISTAKES = {
     'a picture for a checkpoint': ('sample.py --ckpt {folder}/loss.png', 'no readable checkpoint'),
     'a checkpoint of another vocabulary': ('sample.py --ckpt {textckpt}', 'vocabulary of 50304'),
     'a checkpoint whose weights do not fit': ('sample.py --ckpt {misfit}', 'does not fit'),
+    'a checkpoint without its shape': ('sample.py --ckpt {shapeless}', 'no readable checkpoint'),
     'a model that paints no square': ('sample.py --ckpt {oblong}', 'make no picture'),
     'no colour': ('sample.py --ckpt {ckpt} --first_pixel bluish --out {new}/a.png', 'three hex digits'),
     'drawing a pixel the model cannot draw': ('sample.py --ckpt {ancestor} --first_pixel sample --out {new}/a.png', 'no start embedding'),
@@ -137,6 +139,7 @@ def places(data, trained, tmp_path_factory):
     train_bin, meta = (data / 'train.bin').read_bytes(), pickle.loads((data / 'meta.pkl').read_bytes())
     broken_data('short', 'train.bin', train_bin[:len(train_bin) // 2])
     broken_data('half', 'train.bin', train_bin[:-100])
+    broken_data('words', 'train.bin', b'\xff' * len(train_bin))
     broken_data('noval', 'val.bin', None)
     broken_data('badmeta', 'meta.pkl', (data / 'meta.pkl').read_bytes()[:20])
     broken_data('evilmeta', 'meta.pkl', pickle.dumps({**meta, 'source': Evil(places['mark'])}))
@@ -153,6 +156,7 @@ def places(data, trained, tmp_path_factory):
     broken_checkpoint('textckpt', model_args={**good['model_args'], 'vocab_size': 50304})
     broken_checkpoint('misfit', model_args={**good['model_args'], 'n_embd': 64})
     broken_checkpoint('oblong', height=7)
+    broken_checkpoint('shapeless', model_args={'vocab_size': 4096})
     places['weights'] = here / 'weights.pt'
     torch.save({name: good[name] for name in ('model', 'model_args', 'height', 'width')}, places['weights'])
     places['ancestor'] = here / 'ancestor.pt'

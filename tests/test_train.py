@@ -136,6 +136,9 @@ def test_old_checkpoints_go_but_not_the_best(data, tmp_path):
     (tmp_path / 'ckpt999.pt').write_bytes(b'of another run')
     run(data, tmp_path, f'--init_from={tmp_path}/ckpt8.pt', '--max_iters=14', '--eval_interval=2', '--keep_checkpoints=2', '--learning_rate=5', '--min_lr=5', '--grad_clip=0')
     assert {p.name for p in tmp_path.glob('ckpt*.pt')} == {'ckpt8.pt', 'ckpt14.pt', 'ckpt999.pt'}
+    # one that is to stay is the last one, which can be resumed; the best one stays beside it
+    run(data, tmp_path, '--init_from=resume', '--max_iters=18', '--eval_interval=2', '--keep_checkpoints=1', '--learning_rate=5', '--min_lr=5', '--grad_clip=0')
+    assert {p.name for p in tmp_path.glob('ckpt*.pt')} == {'ckpt8.pt', 'ckpt18.pt', 'ckpt999.pt'}
 
 
 # -----------------------------------------------------------------------------
