@@ -297,6 +297,13 @@ def _unknown(name, known, where=''):
     return f"unknown key {name}{where}" + (f': did you mean {near[0]}?' if near else ': --help lists all keys')
 
 
+def check_values(args, **rules):
+    """rules: name=(what it has to be, whether it is that), for attributes of args. Raises UserError at the first that is not."""
+    for name, (what, holds) in rules.items():
+        if not holds:
+            raise UserError(f'--{name}={getattr(args, name)}: it has to be {what}')
+
+
 def key(default, help):
     """A field of a config dataclass with the line that --help shows for it."""
     return dataclasses.field(default=default, metadata={'help': help})

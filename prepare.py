@@ -407,11 +407,8 @@ def main(argv=None):
     parser.add_argument('--num_images', type=int, default=0, help='use only so many images (0: all; 10,000 if synthetic)')
     parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes that decode; the result does not depend on it')
     args = parser.parse_args(argv)
-    for name, good, what in (('size', 2 <= args.size <= 1024, 'from 2 to 1024'), ('val_fraction', 0 < args.val_fraction < 1, 'between 0 and 1'),
-                             ('seed', 0 <= args.seed < 2 ** 63, '0 or more'), ('num_images', args.num_images >= 0, '0 or more'),
-                             ('workers', args.workers >= 0, '0 or more')):
-        if not good:
-            raise UserError(f'--{name}={getattr(args, name)}: give a number {what}')
+    extras.check_values(args, size=('from 2 to 1024', 2 <= args.size <= 1024), val_fraction=('between 0 and 1', 0 < args.val_fraction < 1),
+                        seed=('0 or more', 0 <= args.seed < 2 ** 63), num_images=('0 or more', args.num_images >= 0), workers=('0 or more', args.workers >= 0))
     extras.make_folder(args.out_dir)
     staging = os.path.join(args.out_dir, '.partial')
     shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed

@@ -86,12 +86,10 @@ def main(argv=None):
     parser.add_argument('--gif', action='store_true', help='also write the painting in progress, a frame a row')
     parser.add_argument('--device', default='auto', help='auto, cuda, cuda:1, mps or cpu (auto)')
     args = parser.parse_args(argv)
-    for name, good, what in (('num_samples', args.num_samples > 0, '1 or more'), ('batch_size', args.batch_size > 0, '1 or more'),
-                             ('temperature', args.temperature >= 0, '0 or more'), ('scale', 1 <= args.scale <= 64, 'from 1 to 64'),
-                             ('top_k', args.top_k is None or args.top_k > 0, '1 or more'), ('top_p', args.top_p is None or 0 < args.top_p <= 1, 'more than 0, up to 1'),
-                             ('seed', 0 <= args.seed < 2 ** 63, '0 or more')):
-        if not good:
-            raise UserError(f'--{name}={getattr(args, name)}: give a number {what}')
+    extras.check_values(args, num_samples=('1 or more', args.num_samples > 0), batch_size=('1 or more', args.batch_size > 0),
+                        temperature=('0 or more', args.temperature >= 0), top_k=('1 or more', args.top_k is None or args.top_k > 0),
+                        top_p=('more than 0, up to 1', args.top_p is None or 0 < args.top_p <= 1), scale=('from 1 to 64', 1 <= args.scale <= 64),
+                        seed=('0 or more', 0 <= args.seed < 2 ** 63))
     if args.rows is not None and args.image is None:
         raise UserError('--rows says how much of a picture to keep: name the picture with --image')
     if args.image and args.first_pixel:

@@ -178,19 +178,14 @@ def duration(seconds):
 
 def check(config, world_size):
     """Values that have the right type and still make no sense. Raises UserError."""
-    for name in ('n_layer', 'n_head', 'n_embd', 'batch_size', 'gradient_accumulation_steps', 'max_iters', 'learning_rate',
-                 'log_interval', 'eval_batch_size', 'num_samples', 'keep_checkpoints'):
-        if not getattr(config, name) > 0:
-            raise UserError(f'--{name}={getattr(config, name)}: it has to be more than 0')
-    if config.n_embd % config.n_head:
-        raise UserError(f'--n_embd={config.n_embd} cannot be shared by --n_head={config.n_head} heads: make it a multiple')
-    if config.batch_size % (world_size * config.gradient_accumulation_steps):
-        raise UserError(f'--batch_size={config.batch_size} images cannot be shared by {world_size} processes x '
-                        f'--gradient_accumulation_steps={config.gradient_accumulation_steps}: make it a multiple')
-    if not 0 <= config.dropout < 1:
-        raise UserError(f'--dropout={config.dropout}: it has to be 0 or more and less than 1')
-    if config.seed < 0:
-        raise UserError(f'--seed={config.seed}: it has to be 0 or more')
+    positive = ('n_layer', 'n_head', 'n_embd', 'batch_size', 'gradient_accumulation_steps', 'max_iters', 'learning_rate',
+                'log_interval', 'eval_batch_size', 'num_samples', 'keep_checkpoints')
+    extras.check_values(config, **{name: ('more than 0', getattr(config, name) > 0) for name in positive})
+    pieces = world_size * config.gradient_accumulation_steps
+    extras.check_values(
+        config, n_embd=(f'a multiple of --n_head={config.n_head}', config.n_embd % config.n_head == 0),
+        batch_size=(f'a multiple of {pieces}: {world_size} processes x --gradient_accumulation_steps={config.gradient_accumulation_steps}', config.batch_size % pieces == 0),
+        dropout=('0 or more and less than 1', 0 <= config.dropout < 1), seed=('0 or more', 0 <= config.seed < 2 ** 63))
 
 
 def find_checkpoint(config):
@@ -222,7 +217,7 @@ def main(argv=None):
     scaler = torch.amp.GradScaler('cuda', enabled=dtype == torch.float16)
     compile_it = extras.pick_compile(config.compile, device)
     torch.set_float32_matmul_precision('high')  # TF32 where there is any
-    say = print if master else lambda *_: None
+    say = functools.partial(print, flush=True) if master else lambda *_: None
 
     # data: one image a row
     meta = extras.load_meta(config.data_dir)
@@ -302,10 +297,10 @@ def main(argv=None):
     model.train()
     while True:
         last_step = iteration == config.max_iters
+        eval_step = last_step or iteration in config.eval_at or (config.eval_interval > 0 and iteration % config.eval_interval == 0)
 
         # what a log line tells is the mean of the losses since the one before
-        if loss_count and (iteration % config.log_interval == 0 or last_step or iteration in config.eval_at
-                           or config.eval_interval and iteration % config.eval_interval == 0):
+        if iteration > first and (eval_step or iteration % config.log_interval == 0):
             mean = loss_sum / loss_count
             if world_size > 1:
                 dist.all_reduce(mean)
@@ -323,7 +318,7 @@ def main(argv=None):
             loss_count, window = 0, time.time()
 
         # evaluation: the loss over all validation images, a sheet of samples, a checkpoint
-        if iteration > first and (last_step or iteration in config.eval_at or config.eval_interval and iteration % config.eval_interval == 0):
+        if iteration > first and eval_step:
             val_loss = evaluate(raw_model, val_data, config, device, autocast, rank, world_size)
             stop_if_not_finite(val_loss)
             if val_loss < best_val_loss:
