@@ -18,12 +18,12 @@ demo: $(VENV)/installed
 	@echo 'Look at out/demo/landscapes.png, and at data/demo/preview.png, which it has learnt from.'
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 # the file stands for a finished installation: one that was interrupted is done again
 $(VENV)/installed: requirements.txt Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check '$(TORCH)' '$(NUMPY)' pytest -r requirements.txt
+	$(BIN)/pip install --disable-pip-version-check '$(TORCH)' '$(NUMPY)' pytest pytest-xdist -r requirements.txt
 	touch $@
 
 clean:

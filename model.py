@@ -173,8 +173,8 @@ class GPT(nn.Module):
 
         T may be 0 with the start embedding. max_new_tokens: the rest of the image if None. temperature 0 takes the
         likeliest colour; top_k and top_p as in logits_to_probs. generator draws all the noise before the first pixel,
-        one uniform number a pixel, so that the same seed gives the same images with the cache and without it, in a
-        batch of any size and on any device. progress, if given, is called after every pixel. Raises ValueError.
+        one uniform number a pixel, so that the same seed gives the same images, up to rounding, with the cache and
+        without it, in a batch of any size and on any device. progress, if given, is called after every pixel. Raises ValueError.
         """
         config, device = self.config, self.lm_head.weight.device
         tokens = torch.as_tensor(tokens, dtype=torch.long, device=device)
