@@ -1,12 +1,13 @@
 # make demo: from a fresh clone to a sheet of painted landscapes, in minutes on two CPU cores
 # make test: the whole test suite
-# Both make their own environment. Other versions: make test VENV=.venv-old NUMPY='numpy<2' TORCH='torch==2.6.0'
+# Both make their own environment. Other versions, here the last NumPy 1 (newer releases of pyarrow want NumPy 2):
+#     make test VENV=.venv-numpy1 NUMPY="'numpy<2' 'pyarrow<24'"
 
 PYTHON ?= python3
 VENV ?= .venv
 # pinned to what this was tested with: an open range may download several GB of CUDA packages
 TORCH ?= torch==2.13.0
-NUMPY ?= numpy>=1.26
+NUMPY ?= 'numpy>=1.26'
 BIN = $(VENV)/bin
 
 .PHONY: demo test clean
@@ -23,7 +24,7 @@ test: $(VENV)/installed
 # the file stands for a finished installation: one that was interrupted is done again
 $(VENV)/installed: requirements.txt Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check '$(TORCH)' '$(NUMPY)' pytest pytest-xdist -r requirements.txt
+	$(BIN)/pip install --disable-pip-version-check '$(TORCH)' $(NUMPY) pytest pytest-xdist -r requirements.txt
 	touch $@
 
 clean:

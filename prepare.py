@@ -138,7 +138,10 @@ def open_source(source, args, cache_dir):
     for s in shards:
         if not os.path.isfile(s):
             raise UserError(f'--source {source}: there is no file {s}')
-    import datasets
+    try:
+        import datasets
+    except ImportError as e:  # missing, or its pyarrow and the installed NumPy do not fit each other
+        raise UserError(f'cannot import datasets ({e}): install versions that fit, or use a folder of pictures') from None
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said below, once
     try:
         if shards:
