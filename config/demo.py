@@ -4,7 +4,7 @@ out_dir = 'out/demo'
 
 n_layer = 4
 n_head = 4
-n_embd = 64  # narrow, to see more images a second: within minutes that counts for more
+n_embd = 64  # narrow, to see more images a second
 
 batch_size = 4
 max_iters = 1200  # 4,800 images
