@@ -347,7 +347,8 @@ def write_dataset(source, description, args, staging):
     """Read every picture of source with all workers; write train.bin, val.bin, meta.pkl, preview.png into staging.
 
     Memory stays constant: rows go to a scratch file as they come, in the order of the source, and are copied from there
-    in the order of the split. Per image only a 64-bit key is kept. Returns (meta, names of unreadable pictures).
+    in the order of the split. Per image only a key of 64 bits is kept. Returns (meta,
+    names of unreadable pictures with the reasons, (lowest, highest) token).
     """
     count = min(len(source), args.num_images or len(source))
     row = 2 * args.size * args.size  # bytes of one image
