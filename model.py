@@ -12,6 +12,7 @@ Shapes: B images, T positions, C = n_embd, nh = n_head, hs = C / nh, V = vocab_s
 """
 import inspect
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -57,19 +58,13 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
 
-    def forward(self, x, cache=None, pos=0):
-        """x: (B, T, C), the positions pos .. pos + T - 1 -> (B, T, C).
-
-        cache: (2, B, nh, >= pos + T, hs), keys and values of the positions before pos; those of x are written into it.
-        """
+    def forward(self, x, kv=None):
+        """(B, T, C) -> (B, T, C). kv: a list that receives the keys and values, each (B, nh, T, hs)."""
         B, T, C = x.size()
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
-        q, k, v = qkv
-        if cache is not None:
-            cache[:, :, :, pos:pos + T] = qkv[1:]
-            k, v = cache[:, :, :, :pos + T]  # (B, nh, pos + T, hs)
-        # a single query may see every key there is; is_causal would show it the first one only
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=T > 1)
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
+        if kv is not None:
+            kv.append((k, v))
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
         return self.resid_dropout(self.c_proj(y))
 
@@ -96,8 +91,8 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, pos=0):
-        x = x + self.attn(self.ln_1(x), cache, pos)
+    def forward(self, x, kv=None):
+        x = x + self.attn(self.ln_1(x), kv)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -139,14 +134,11 @@ class GPT(nn.Module):
             x = torch.cat((self.transformer.wse.weight.expand(len(x), 1, -1), x), dim=1)
         return x
 
-    def trunk(self, x, cache=None, pos=0):
-        """Input embeddings of the positions pos .. pos + T - 1, (B, T, C) -> what the head reads there, (B, T, C).
-
-        With a cache (see new_cache) the positions before pos are taken from it; without one, pos is 0.
-        """
-        x = self.transformer.drop(x + self.transformer.wpe.weight[pos:pos + x.size(1)])
-        for i, block in enumerate(self.transformer.h):
-            x = block(x, None if cache is None else cache[i], pos)
+    def trunk(self, x, kv=None):
+        """Input embeddings of the first T positions, (B, T, C) -> what the head reads there, (B, T, C). kv as in CausalSelfAttention."""
+        x = self.transformer.drop(x + self.transformer.wpe.weight[:x.size(1)])
+        for block in self.transformer.h:
+            x = block(x, kv)
         return self.transformer.ln_f(x)
 
     def forward(self, tokens):
@@ -167,14 +159,15 @@ class GPT(nn.Module):
         fused = params[0].is_cuda and 'fused' in inspect.signature(torch.optim.AdamW).parameters
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, **({'fused': True} if fused else {}))
 
-    @torch.no_grad()
     def generate(self, tokens, max_new_tokens=None, *, temperature=1.0, top_k=None, top_p=None, generator=None, use_cache=True, progress=None):
         """Continue images pixel by pixel: prompts (B, T) -> (B, T + max_new_tokens), the prompts included.
 
         T may be 0 with the start embedding. max_new_tokens: the rest of the image if None. temperature 0 takes the
-        likeliest colour; top_k and top_p as in logits_to_probs. generator draws all the noise before the first pixel,
-        one uniform number a pixel, so that the same seed gives the same images, up to rounding, with the cache and
-        without it, in a batch of any size and on any device. progress, if given, is called after every pixel. Raises ValueError.
+        likeliest colour; top_k and top_p as in logits_to_probs. generator draws a seed for every image, which decides all
+        its noise, so that it gives the same images, up to rounding, with the cache and without it, in a batch of any
+        size and on any device. More images than images_at_once are painted in batches.
+        use_cache=False is the plain loop, everything again for every pixel: slow, and what the sampler must equal.
+        progress, if given, is called with numbers of new pixels. Raises ValueError.
         """
         config, device = self.config, self.lm_head.weight.device
         tokens = torch.as_tensor(tokens, dtype=torch.long, device=device)
@@ -185,26 +178,176 @@ class GPT(nn.Module):
         if T == 0 and not config.start_embedding:
             raise ValueError('a model without start embedding cannot draw the first pixel: give one')
 
-        noise = torch.rand(B, new, generator=generator, device=generator.device if generator else 'cpu').to(device)
-        out = torch.cat((tokens, tokens.new_zeros(B, new)), dim=1)
-        cache = self.new_cache(B) if use_cache else None
-        x, pos = self.embed(tokens), 0
-        for i in range(new):
-            logits = self.lm_head(self.trunk(x, cache, pos)[:, -1])  # (B, V)
-            out[:, T + i] = choose(logits_to_probs(logits, temperature, top_k, top_p), noise[:, i])
-            if use_cache:
-                pos += x.size(1)
-                x = self.transformer.wte(out[:, T + i:T + i + 1])  # (B, 1, C)
-            else:
-                x = self.embed(out[:, :T + i + 1])  # (B, all so far, C)
-            if progress:
-                progress()
-        return out
+        seeds = torch.randint(2 ** 62, (B,), generator=generator, device=generator.device if generator else 'cpu').to(device)
+        images = torch.cat((tokens, tokens.new_zeros(B, new)), dim=1)
+        draw = lambda logits, noise: choose(logits_to_probs(logits, temperature, top_k, top_p), noise)
+        batch = min(B, images_at_once(config, self.lm_head.weight))
+        with torch.inference_mode(), torch.autocast(device.type, enabled=False), cpu_settings(batch):
+            for part, part_seeds in zip(images.split(batch), seeds.split(batch)) if new else ():  # views: what is drawn stands in images
+                paint = paint_plainly if not use_cache else paint_on_cuda if device.type == 'cuda' else paint_cached
+                for pixels in paint(self, part, part_seeds, draw, T):
+                    if progress:
+                        progress(len(part) * pixels)
+        return images
 
-    def new_cache(self, batch_size):
-        """Room for the keys and values of batch_size images: a tensor (n_layer, 2, B, nh, block_size, hs)."""
-        c, weight = self.config, self.lm_head.weight
-        return weight.new_empty(c.n_layer, 2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
+
+# -----------------------------------------------------------------------------
+# the sampler: a loop fills images (B, N) from pixel `first` on, each from its seed (B,), with draw(logits (B, V), noise (B, V)) ->
+# tokens (B,), and yields how many pixels of each image it has just drawn
+
+def paint_plainly(model, images, seeds, draw, first):
+    """The whole image so far through the whole model, for every pixel."""
+    for i in range(first, images.size(1)):
+        logits = model.lm_head(model.trunk(model.embed(images[:, :i]))[:, -1])
+        images[:, i] = draw(logits, exponential_noise(seeds, i, 1, logits.size(-1))[0])
+        yield 1
+
+
+def paint_cached(model, images, seeds, draw, first, row=64):
+    """The prompt at once, then one pixel at a time."""
+    decoder = Decoder(model, len(images))
+    logits = decoder.prefill(images[:, :first])
+    for begin in range(first, images.size(1), row):
+        for i, noise in enumerate(exponential_noise(seeds, begin, min(row, images.size(1) - begin), logits.size(-1)), begin):
+            if i > first:
+                pos = decoder.position(i - 1)
+                logits = decoder.decode_one_token(token, slice(pos, pos + 1), pos + 1)
+            images[:, i] = token = draw(logits, noise)
+            yield 1
+
+
+def paint_on_cuda(model, images, seeds, draw, first, stretch=512, steps=32):
+    """The same where launching a kernel takes longer than running it: CUDA graphs of so many steps each.
+
+    A graph only repeats itself: where it stands is a number in memory, and it looks at all positions up to the end of a
+    stretch of pixels, those to come masked. On a CPU the steps run one by one, which tests all but the capture.
+    """
+    decoder = Decoder(model, len(images))
+    logits = decoder.prefill(images[:, :first])
+    images[:, first] = draw(logits, exponential_noise(seeds, first, 1, logits.size(-1))[0])
+    yield 1
+    pixel = torch.tensor([first], device=images.device)  # the last that stands
+    positions = torch.arange(model.config.block_size, device=images.device)
+
+    def paint(noises, length):  # a pixel for each of them
+        for noise in noises:
+            pos = decoder.position(pixel)
+            mask = torch.zeros_like(positions[:length], dtype=logits.dtype).masked_fill(positions[:length] > pos, -math.inf)
+            token = draw(decoder.decode_one_token(images.index_select(1, pixel)[:, 0], pos, length, mask), noise)
+            pixel.add_(1)
+            images.index_copy_(1, pixel, token[:, None])
+
+    for begin in range(first + 1, images.size(1), stretch):
+        end = min(begin + stretch, images.size(1))
+        length, graph = decoder.position(end - 2) + 1, None
+        for i in range(begin, end, steps):
+            fresh = exponential_noise(seeds, i, min(steps, end - i), logits.size(-1))
+            if not images.is_cuda or len(fresh) < steps:
+                paint(fresh, length)
+            elif i == begin:  # libraries set themselves up in the first steps, which are therefore not captured
+                side = torch.cuda.Stream()
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    paint(fresh, length)
+                torch.cuda.current_stream().wait_stream(side)
+            else:
+                if not graph:
+                    graph, noises = torch.cuda.CUDAGraph(), fresh
+                    with torch.cuda.graph(graph):
+                        paint(noises, length)
+                noises.copy_(fresh)
+                graph.replay()
+            yield len(fresh)
+
+
+class Decoder:
+    """What the sampler keeps for B images: the weights, laid out once for single pixels, and the keys and values so far."""
+
+    def __init__(self, model, B):
+        c, h, weight = model.config, model.transformer, model.lm_head.weight
+        hs = c.n_embd // c.n_head
+        queries = torch.ones_like(weight[0]).repeat(3)
+        queries[:c.n_embd] = hs ** -0.5  # the scaling of the scores
+        self.model, self.n_head, self.offset = model, c.n_head, int(c.start_embedding)
+        self.wte, self.wpe, self.ln_f, self.head = h.wte.weight, h.wpe.weight, norm(h.ln_f), linear(model.lm_head)
+        self.blocks = [(norm(b.ln_1), linear(b.attn.c_attn, queries), linear(b.attn.c_proj),
+                        norm(b.ln_2), linear(b.mlp.c_fc), linear(b.mlp.c_proj)) for b in h.h]
+        # keys with one dimension a row: the scores of all positions are then read in one go
+        self.keys = weight.new_zeros(c.n_layer, B * c.n_head, hs, c.block_size)
+        self.values = weight.new_zeros(c.n_layer, B * c.n_head, c.block_size, hs)
+
+    def position(self, pixel):
+        """Where the model reads this pixel, to predict the next."""
+        return pixel + self.offset
+
+    def prefill(self, tokens):
+        """Prompts (B, T) -> logits of the pixel after them, (B, V); keys and values of all of it are kept."""
+        kv = []
+        x = self.model.trunk(self.model.embed(tokens), kv)  # (B, P, C)
+        for (k, v), keys, values in zip(kv, self.keys, self.values):
+            keys[:, :, :x.size(1)] = k.flatten(0, 1).mT
+            values[:, :x.size(1)] = v.flatten(0, 1)
+        return self.model.lm_head(x[:, -1])
+
+    def decode_one_token(self, tokens, pos, length, mask=None):
+        """The pixels (B,) at position pos -> logits of the next ones, (B, V).
+
+        pos is slice(i, i + 1) or tensor([i]); attention goes over the first length positions, to which mask (length,) is added.
+        """
+        B, nh = len(tokens), self.n_head
+        x = torch.embedding(self.wte, tokens) + self.wpe[pos]  # (B, C)
+        for (ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), keys, values in zip(self.blocks, self.keys, self.values):
+            q, k, v = c_attn(ln_1(x)).view(B, 3, nh, -1).unbind(1)  # each (B, nh, hs)
+            keys[:, :, pos] = k.reshape(B * nh, -1, 1)
+            values[:, pos] = v.reshape(B * nh, 1, -1)
+            scores = torch.bmm(q.reshape(B * nh, 1, -1), keys[:, :, :length])  # (B * nh, 1, length)
+            if mask is not None:
+                scores = scores + mask
+            y = torch.bmm(scores.softmax(-1), values[:, :length]).view(B, -1)  # (B, C), the heads side by side
+            x = x + attn_proj(y)
+            x = x + mlp_proj(F.gelu(c_fc(ln_2(x))))
+        return self.head(self.ln_f(x))
+
+
+def norm(module):
+    """A LayerNorm as a plain function: for one pixel, what a module adds to a call would be half of its time."""
+    weight, bias = module.weight, module.bias
+    return lambda x: torch.layer_norm(x, weight.shape, weight, bias)
+
+
+def linear(module, scale=1):
+    """An nn.Linear as a plain function of (B, in), its weights as (in, out), which a few rows are multiplied with faster."""
+    weight = (module.weight.t() * scale).contiguous()
+    if module.bias is None:
+        return lambda x: torch.mm(x, weight)
+    bias = module.bias * scale
+    return lambda x: torch.addmm(bias, x, weight)
+
+
+def images_at_once(config, weight):
+    """How many images are painted side by side: on CUDA as many as half of the free memory holds, else 8.
+
+    Keys and values of a 64x64 image are 16.8 MB in float32 (4 layers of width 128), of 8 images 134 MB. More than
+    the last cache of a CPU are read from main memory for every pixel, and nothing is gained.
+    """
+    if weight.device.type != 'cuda':
+        return 8
+    image = 2 * config.n_layer * config.block_size * config.n_embd * weight.itemsize
+    return max(1, torch.cuda.mem_get_info(weight.device)[0] // 2 // image)
+
+
+@contextmanager
+def cpu_settings(batch):
+    """Two threads for one image, as many as there are images for more: one pixel is little work to share. And none of
+    oneDNN, which takes five times as long for so few numbers."""
+    threads, mkldnn = torch.get_num_threads(), torch.backends.mkldnn.enabled
+    torch.set_num_threads(min(threads, max(batch, 2)))
+    torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.mkldnn.enabled = mkldnn
 
 
 def logits_to_probs(logits, temperature=1.0, top_k=None, top_p=None):
@@ -213,9 +356,11 @@ def logits_to_probs(logits, temperature=1.0, top_k=None, top_p=None):
     temperature divides the logits; 0 leaves the likeliest colour alone. top_k keeps the k likeliest colours; top_p
     (nucleus sampling, arXiv 1904.09751) then the fewest likeliest ones that together reach the probability top_p.
     """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature == 0:
-        return F.one_hot(logits.argmax(-1), logits.size(-1)).to(logits.dtype)
-    logits = logits / temperature
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
+    if temperature != 1:
+        logits = logits / temperature
     if top_k is not None and top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     probs = logits.softmax(-1)
@@ -228,10 +373,22 @@ def logits_to_probs(logits, temperature=1.0, top_k=None, top_p=None):
 
 
 def choose(probs, noise):
-    """(B, V) probabilities, not necessarily normalised, and (B,) uniform numbers of [0, 1) -> (B,) tokens: the inverse CDF."""
-    # 4,096 small steps add up: in float64 the edges between colours stay where they are when logits differ in the last
-    # bit, as they do between batch sizes or with and without the cache (MPS has no float64)
-    cdf = probs.cumsum(-1, dtype=None if probs.device.type == 'mps' else torch.float64)
-    # a little below 1, so that rounding can never lead past the last colour that has a probability
-    target = noise[:, None] * (1 - 2 ** -22) * cdf[:, -1:]
-    return torch.searchsorted(cdf, target, right=True)[:, 0]
+    """(B, V) probabilities, not necessarily normalised, and exponential noise (B, V) -> (B,) tokens.
+
+    A race: a colour of probability p arrives after the time noise / p, and is first with probability p. Nothing is summed
+    up over the colours, so that logits that differ in their last bits draw another colour in one of a million pixels.
+    """
+    return (probs / noise).max(-1).indices
+
+
+def exponential_noise(seeds, first, count, V):
+    """Noise of the pixels first .. first + count - 1 of images, each with its seed (B,) -> (count, B, V), exponentially distributed.
+
+    Stateless: a number is a function of seed, pixel and colour alone, on any device. SplitMix64 (Steele et al. 2014).
+    """
+    pixels = torch.arange(first, first + count, device=seeds.device)[:, None, None]
+    x = (pixels * V + torch.arange(V, device=seeds.device)) * -0x61C8864680B583EB + seeds[:, None]  # (count, B, V), modulo 2 ** 64
+    x.bitwise_xor_((x >> 30).bitwise_and_(2 ** 34 - 1)).mul_(-0x40A7B892E31B1A47)  # >> copies the sign: & takes it away
+    x.bitwise_xor_((x >> 27).bitwise_and_(2 ** 37 - 1)).mul_(-0x6B2FB644ECCEEE15)
+    uniform = x.bitwise_right_shift_(40).bitwise_and_(2 ** 24 - 1).float().add_(0.5).mul_(2 ** -24)
+    return uniform.log_().neg_()

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 import extras
 from extras import UserError
+from model import images_at_once
 
 
 GREY = 0x666  # of what is not painted yet
@@ -43,17 +44,15 @@ def first_pixel(text, model):
 
 
 def paint(model, prompt, args):
-    """Paint args.num_samples images in batches from one prompt (T,) -> (num_samples, tokens_per_image) array of tokens."""
+    """Paint args.num_samples images from one prompt (T,): arrays of tokens (n, tokens_per_image), the first image alone."""
     generator = torch.Generator().manual_seed(args.seed)
-    images = []
-    pixels = args.num_samples * (model.config.tokens_per_image - len(prompt))
-    with tqdm(total=pixels, unit='px', unit_scale=True, desc='painting') as bar:
-        for i in range(0, args.num_samples, args.batch_size):
-            batch = min(args.batch_size, args.num_samples - i)
-            tokens = model.generate(np.tile(prompt, (batch, 1)), temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                                    generator=generator, progress=lambda: bar.update(batch))
-            images.append(tokens.cpu().numpy())
-    return np.concatenate(images)
+    batch = images_at_once(model.config, model.lm_head.weight)
+    rest = args.num_samples - 1  # one picture is there in seconds, the others are faster side by side
+    with tqdm(total=args.num_samples * (model.config.tokens_per_image - len(prompt)), unit='px', unit_scale=True, desc='painting') as bar:
+        for count in (1, *[batch] * (rest // batch), rest % batch):
+            if count:
+                yield model.generate(np.tile(prompt, (count, 1)), temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                                     generator=generator, progress=bar.update).cpu().numpy()
 
 
 def page(images, pixels, shape, scale, whole=None):
@@ -74,7 +73,6 @@ def main(argv=None):
     parser.add_argument('--ckpt', required=True, help='checkpoint of train.py, as in out/ckpt6000.pt')
     parser.add_argument('--first_pixel', help="three hex digits (FEC), a web colour ('#f0e0c0'), or sample: drawn by the model (the default if it can)")
     parser.add_argument('--num_samples', type=int, default=16, help='how many pictures (16)')
-    parser.add_argument('--batch_size', type=int, default=16, help='how many at a time; the pictures do not depend on it (16)')
     parser.add_argument('--temperature', type=float, default=1.0, help='below 1: calmer, above: wilder, 0: always the likeliest colour (1.0)')
     parser.add_argument('--top_k', type=int, help='draw from the k likeliest colours only')
     parser.add_argument('--top_p', type=float, help='draw from the likeliest colours that together have this probability')
@@ -86,7 +84,7 @@ def main(argv=None):
     parser.add_argument('--gif', action='store_true', help='also write the painting in progress, a frame a row')
     parser.add_argument('--device', default='auto', help='auto, cuda, cuda:1, mps or cpu (auto)')
     args = parser.parse_args(argv)
-    extras.check_values(args, num_samples=('1 or more', args.num_samples > 0), batch_size=('1 or more', args.batch_size > 0),
+    extras.check_values(args, num_samples=('1 or more', args.num_samples > 0),
                         temperature=('0 or more', args.temperature >= 0), top_k=('1 or more', args.top_k is None or args.top_k > 0),
                         top_p=('more than 0, up to 1', args.top_p is None or 0 < args.top_p <= 1), scale=('from 1 to 64', 1 <= args.scale <= 64),
                         seed=('0 or more', 0 <= args.seed < 2 ** 63))
@@ -109,17 +107,19 @@ def main(argv=None):
         whole = original, len(prompt)
     else:
         prompt, whole = first_pixel(args.first_pixel, model), None
-    images = paint(model, prompt, args)
+    model.to(extras.pick_dtype('auto', device))  # bfloat16 on a GPU that has it, cache and all
 
-    if len(images) > 1:
-        for i, tokens in enumerate(images):
-            extras.save_bmp(tokens.reshape(shape), f'{stem}_{i}{ending}', args.scale)
-        print(f'wrote {stem}_0{ending} to {stem}_{len(images) - 1}{ending}')
-    if len(images) > 1 or whole:
+    images = np.zeros((0, height * width), np.int64)
+    for painted in paint(model, prompt, args):
+        for i, tokens in enumerate(painted, len(images)):
+            path = args.out if args.num_samples == 1 and not whole else f'{stem}_{i}{ending}'
+            extras.save_bmp(tokens.reshape(shape), path, args.scale)
+            if i == 0:
+                tqdm.write(f'wrote {path}')
+        images = np.concatenate((images, painted))
+    if path != args.out:
         extras.save_picture(page(images, height * width, shape, args.scale, whole), args.out)
-    else:
-        extras.save_bmp(images.reshape(shape), args.out, args.scale)
-    print(f'wrote {args.out}')
+        print(f'wrote {path}, the last of {len(images)}, and {args.out}')
     if args.gif:
         frames = [page(images, pixels, shape, args.scale, whole) for pixels in range(len(prompt), height * width + 1, width)]
         extras.save_picture(frames[0], stem + '.gif', save_all=True, append_images=frames[1:], duration=[60] * (len(frames) - 1) + [2000], loop=0)

@@ -127,7 +127,7 @@ def paint_samples(model, data, config, meta, path):
     if not config.start_embedding:  # the first pixels of real images
         prompts = np.resize(data[:config.num_samples, :1], (config.num_samples, 1)).astype(np.int64)
     generator = torch.Generator().manual_seed(config.seed)
-    with tqdm(total=meta['tokens_per_image'] - prompts.shape[1], desc='painting', unit='px', leave=False, disable=None) as bar:
+    with tqdm(total=len(prompts) * (meta['tokens_per_image'] - prompts.shape[1]), desc='painting', unit='px', unit_scale=True, leave=False, disable=None) as bar:
         tokens = model.generate(torch.from_numpy(prompts), generator=generator, progress=bar.update)
     images = tokens.reshape(-1, meta['height'], meta['width'])
     extras.save_picture(extras.sheet([extras.to_image(image, scale=2) for image in images]), path)

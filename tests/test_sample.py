@@ -23,7 +23,7 @@ def test_pictures_and_their_sheet(ckpt, tmp_path):
     out = call('sample.py', '--ckpt', ckpt, '--num_samples', 5, '--out', tmp_path / 'new' / 'a.png', '--scale', 3)
     folder = tmp_path / 'new'
     assert sorted(p.name for p in folder.iterdir()) == ['a.png', *(f'a_{i}.png' for i in range(5))]
-    assert '1.28k/1.28k' in out and f'wrote {folder}/a.png' in out  # the progress bar has counted 5 * 256 pixels
+    assert '1.28k/1.28k' in out and f'wrote {folder}/a_0.png' in out and f'wrote {folder}/a_4.png, the last of 5, and {folder}/a.png' in out  # the progress bar has counted 5 * 256 pixels
     sheet = tokens(folder / 'a.png')
     for i in range(5):
         picture = tokens(folder / f'a_{i}.png')
@@ -38,11 +38,11 @@ def test_one_picture_is_one_file(ckpt, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['a.bmp'] and tokens(tmp_path / 'a.bmp').shape == (16, 16)
 
 
-def test_the_seed_decides_and_the_batch_does_not(ckpt, tmp_path):
-    for name, args in (('a', ()), ('b', ('--batch_size', 2)), ('c', ('--seed', 8))):
-        call('sample.py', '--ckpt', ckpt, '--num_samples', 3, '--out', tmp_path / f'{name}.png', '--temperature', 0.9, '--top_k', 200, '--top_p', 0.95, *args)
-    a, b, c = (tokens(tmp_path / f'{name}.png') for name in 'abc')
-    assert (a == b).all() and (a != c).any()
+def test_the_seed_decides_and_the_number_of_pictures_does_not(ckpt, tmp_path):
+    for name, args in (('a', (3,)), ('b', (12,)), ('c', (3, '--seed', 8))):  # alone, in one batch and in two
+        call('sample.py', '--ckpt', ckpt, '--out', tmp_path / f'{name}.png', '--temperature', 0.9, '--top_k', 200, '--top_p', 0.95, '--num_samples', *args)
+    a, b, c = ([tokens(tmp_path / f'{name}_{i}.png').tolist() for i in range(3)] for name in 'abc')
+    assert a == b and a != c
 
 
 @pytest.mark.parametrize('text', ['FEC', '0xfec', '#f0e0c0'])
@@ -76,7 +76,7 @@ def test_a_photograph_on_its_side_is_completed_upright(ckpt, tmp_path):
     photo = SHARED / 'photos_mixed' / 'exif_Landscape_6.jpg'
     call('sample.py', '--ckpt', ckpt, '--image', photo, '--num_samples', 1, '--out', tmp_path / 'a.png')
     original = extras.pack_rgb(extras.load_rgb(photo, 16))
-    assert (tokens(tmp_path / 'a_0.png' if (tmp_path / 'a_0.png').exists() else tmp_path / 'a.png')[2:10, 20:36] == original[:8]).all()
+    assert (tokens(tmp_path / 'a.png')[2:10, 20:36] == original[:8]).all()
 
 
 def test_the_animation_paints_row_by_row(ckpt, tmp_path):

@@ -1,0 +1,148 @@
+"""How fast the sampler paints, beside the plain loop and beside what the memory allows.
+
+    python bench/sampling.py                          # an untrained 64x64 model of the default size: 4 layers, width 128
+    python bench/sampling.py --ckpt out/ckpt6000.pt   # a trained one
+    python bench/sampling.py --profile                # where the time of one pixel goes
+
+The plain loop runs the whole image so far through the model for every pixel. It is timed at ten lengths, a parabola is laid
+through them and summed over all lengths. The limit is what reading takes: all weights and the keys and values so far, once a
+pixel, at the speed at which this machine sums up as many bytes that it has just read before. A step is one pixel of each image that
+is painted side by side. All in one run; leave the machine idle.
+"""
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import extras  # noqa: E402
+from model import GPT, Decoder, GPTConfig, cpu_settings, images_at_once  # noqa: E402
+
+
+def clock(device):
+    """Seconds, when all that has been asked of the device is done."""
+    if device.startswith('cuda'):
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def best_of(times, function, device):
+    seconds = []
+    for _ in range(times):
+        began = clock(device)
+        function()
+        seconds.append(clock(device) - began)
+    return min(seconds)
+
+
+@torch.inference_mode()
+def plain_loop(model, batch, device):
+    """Seconds that the plain loop takes for a batch, from its time at ten lengths."""
+    N = model.config.tokens_per_image
+    lengths = np.unique(np.linspace(1, N - 1, 10).astype(int))
+    seconds = []
+    for length in lengths:
+        images = torch.randint(4096, (batch, length), device=device)
+        seconds.append(best_of(3 if batch < 8 else 2, lambda: model.lm_head(model.trunk(model.embed(images))[:, -1]), device))
+    parabola = np.polyfit(lengths, seconds, 2, w=1 / np.array(seconds))
+    return np.polyval(parabola, np.arange(N)).clip(min(seconds)).sum()
+
+
+def cached(model, batch, device):
+    """-> seconds for a batch, and seconds a pixel at the start and at the end of the image."""
+    marks, N = [], model.config.tokens_per_image
+    prompt = torch.full((batch, 0 if model.config.start_embedding else 1), 0xFEC, device=device)
+    began = clock(device)
+    model.generate(prompt, progress=lambda pixels: marks.append((pixels / batch, clock(device))))
+    seconds = clock(device) - began
+    if batch > images_at_once(model.config, model.lm_head.weight):
+        return seconds, None, None
+    pixels, times = np.cumsum([m[0] for m in marks]), np.array([m[1] for m in marks])
+    at = np.interp([N / 64, N / 16, N * 15 / 16, N], pixels, times)
+    return seconds, (at[1] - at[0]) / (N * 3 / 64), (at[3] - at[2]) / (N / 16)
+
+
+@torch.inference_mode()
+def limit(model, batch, device):
+    """Seconds that reading the weights and the caches takes, for a batch as it is painted, and the bandwidth in bytes/s."""
+    batch = min(batch, images_at_once(model.config, model.lm_head.weight))
+    weights = sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel()
+    decoder = Decoder(model, batch)
+    cache = (decoder.keys.numel() + decoder.values.numel()) / 2  # half full on average
+    buffer = torch.ones(int(weights + cache), dtype=model.lm_head.weight.dtype, device=device)
+    buffer.sum()
+    bandwidth = buffer.numel() * buffer.element_size() / best_of(20, buffer.sum, device)
+    return (weights + cache) * buffer.element_size() * model.config.tokens_per_image / bandwidth, bandwidth
+
+
+def first_picture(model, height):
+    """Seconds from pressing enter to one finished picture of sample.py."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save({'model': model.state_dict(), 'model_args': vars(model.config), 'height': height, 'width': height}, Path(folder) / 'ckpt.pt')
+        command = [sys.executable, str(ROOT / 'sample.py'), '--ckpt', f'{folder}/ckpt.pt', '--num_samples', '1', '--first_pixel', 'FEC', '--out', f'{folder}/a.png']
+        return best_of(2, lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), 'cpu')
+
+
+def profile(model, device):
+    """What one pixel in the middle of an image is made of."""
+    N, tokens = model.config.tokens_per_image, torch.zeros(1, dtype=torch.long, device=device)
+    with torch.inference_mode(), cpu_settings(1):
+        decoder = Decoder(model, 1)
+        step = lambda i: decoder.decode_one_token(tokens, slice(i, i + 1), i + 1).softmax(-1).cumsum(-1, dtype=torch.float64)
+        for i in range(100):
+            step(i)
+        with torch.profiler.profile() as profiler:
+            for i in range(N // 2, N // 2 + 200):
+                step(i)
+    events = sorted(profiler.key_averages(), key=lambda e: -e.self_cpu_time_total)
+    print('| operation | calls a pixel | us a pixel |\n|---|---|---|')
+    for e in events:
+        if e.count >= 200 and e.self_cpu_time_total > 200:
+            print(f'| {e.key.removeprefix("aten::")} | {e.count / 200:.0f} | {e.self_cpu_time_total / 200:.0f} |')
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--ckpt', help='a checkpoint instead of an untrained model')
+    parser.add_argument('--batch', type=int, nargs='*', help='batch sizes (1 8 32, on a GPU 1 8 32 256 1024)')
+    parser.add_argument('--device', default='auto')
+    parser.add_argument('--profile', action='store_true', help='take one pixel apart instead')
+    args = parser.parse_args()
+    device = extras.pick_device(args.device)
+    torch.manual_seed(0)
+    model = extras.build_model(extras.load_checkpoint(args.ckpt, device), args.ckpt, device) if args.ckpt else GPT(GPTConfig()).to(device).eval()
+    start_up = None
+    if device == 'cpu':
+        start_up = first_picture(model, round(model.config.tokens_per_image ** 0.5))
+    model.to(extras.pick_dtype('auto', device))
+    if args.profile:
+        return profile(model, device)
+    cores = f'{torch.get_num_threads()} threads' if device == 'cpu' else torch.cuda.get_device_name(device)
+    print(f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {model.config.tokens_per_image} pixels, {device}, {cores}, torch {torch.__version__}\n')
+    print('| batch | s an image | pixels/s | plain loop, s an image | times faster | us a step, at the start | at the end | end / start | limit, s an image | share of it | GB/s |')
+    print('|---|---|---|---|---|---|---|---|---|---|---|')
+    model.generate(torch.full((1, 1), 0xFEC), 40)  # libraries set themselves up
+    for batch in tqdm(args.batch or ([1, 8, 32] if device == 'cpu' else [1, 8, 32, 256, 1024]), leave=False):
+        seconds, start, end = min(cached(model, batch, device) for _ in range(2))
+        plain = plain_loop(model, batch, device)
+        least, bandwidth = limit(model, batch, device)
+        least *= batch / min(batch, images_at_once(model.config, model.lm_head.weight))
+        ends = f'{start * 1e6:.0f} | {end * 1e6:.0f} | {end / start:.2f}' if start else '- | - | -'
+        tqdm.write(f'| {batch} | {seconds / batch:.3g} | {batch * model.config.tokens_per_image / seconds:,.0f} | {plain / batch:.3g} | {plain / seconds:.0f} | {ends} | '
+                   f'{least / batch:.2g} | {least / seconds:.0%} | {bandwidth / 1e9:.0f} |', file=sys.stdout)
+        if batch == 1 and start_up:
+            first = f'sample.py writes its first picture {start_up:.1f} s after enter, {start_up - seconds:.1f} s of them start-up; with that, the plain loop takes {(plain + start_up - seconds) / start_up:.0f} times as long.'
+    if start_up:
+        print(f'\n{first}')
+
+
+if __name__ == '__main__':
+    main()
