@@ -203,12 +203,12 @@ def paint_plainly(model, images, seeds, draw, first):
         yield 1
 
 
-def paint_cached(model, images, seeds, draw, first, row=64):
+def paint_cached(model, images, seeds, draw, first, ahead=16):
     """The prompt at once, then one pixel at a time."""
     decoder = Decoder(model, len(images))
     logits = decoder.prefill(images[:, :first])
-    for begin in range(first, images.size(1), row):
-        for i, noise in enumerate(exponential_noise(seeds, begin, min(row, images.size(1) - begin), logits.size(-1)), begin):
+    for begin in range(first, images.size(1), ahead):  # noise for a few pixels at a time
+        for i, noise in enumerate(exponential_noise(seeds, begin, min(ahead, images.size(1) - begin), logits.size(-1)), begin):
             if i > first:
                 pos = decoder.position(i - 1)
                 logits = decoder.decode_one_token(token, slice(pos, pos + 1), pos + 1)
