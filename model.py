@@ -1,16 +1,17 @@
 """The GPT that paints: nanoGPT's transformer over the pixels of an image in raster order.
 
-The architecture and its names are GPT-2's, as in Andrej Karpathy's nanoGPT (github.com/karpathy/nanoGPT), with one
-addition: a learned start embedding stands before the first pixel, so that every pixel of an image is predicted, the
-first one too, and a whole image has a likelihood.
+The architecture and its names are GPT-2's, as in Andrej Karpathy's nanoGPT (github.com/karpathy/nanoGPT). A learned start
+embedding stands before the first pixel, so that every pixel of an image is predicted, the first one too, and a whole image
+has a likelihood.
 
     position      0       1       2     ...   4095
     input       start  pixel 0 pixel 1  ... pixel 4094
     predicts   pixel 0 pixel 1 pixel 2  ... pixel 4095
 
-Shapes: B images, T positions, C = n_embd, nh = n_head, hs = C / nh, V = vocab_size.
+What lets it see in two dimensions are switches of GPTConfig, all off by default: then it is nanoGPT's model.
+
+Shapes: B images, T pixels, P positions, C = n_embd, nh = n_head, hs = C / nh, V = vocab_size, K = neighbours.
 """
-import inspect
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+
+LEVELS = 16  # of a channel: a colour is red * 256 + green * 16 + blue
+# known pixels around the one to be predicted as (row, column) from it, the nearest first
+NEIGHBOURS = sorted(((row, column) for row in range(-3, 1) for column in range(-3, 4) if (row, column) < (0, 0)),
+                    key=lambda at: (at[0] ** 2 + at[1] ** 2, -at[0], abs(at[1]), at[1]))
 
 
 @dataclass
@@ -30,10 +36,32 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = False  # in the linear and norm layers; without them it is a little better and faster
     start_embedding: bool = True  # False: the first pixel is given and never predicted, as in nanoGPT
+    # two dimensions; all of this but the colours needs the start embedding
+    width: int = 64  # pixels of a row
+    row_column_positions: bool = False  # an embedding of the row plus one of the column, not one of each position
+    neighbours: int = 0  # so many known pixels around the predicted one go through a small MLP into the first block
+    factorised_colours: bool = False  # a colour's vector is its own plus one for each of its red, green and blue levels
+    relative_colours: bool = False  # logits also depend on how much each channel differs from the pixels to the left and above
+    attention: str = 'full'  # of the layers, in turn: full, local (its band of two rows) or column, as in 'local column'
 
     @property
     def tokens_per_image(self):
         return self.block_size + (not self.start_embedding)
+
+    def check(self):
+        """Raises ValueError if it describes no model."""
+        kinds = self.attention.split()
+        if self.n_embd % self.n_head:
+            raise ValueError(f'n_embd={self.n_embd} cannot be shared by n_head={self.n_head} heads: make it a multiple')
+        if not kinds or set(kinds) - {'full', 'local', 'column'}:
+            raise ValueError(f"attention={self.attention!r}: name the layers' kinds, full, local or column, as in 'local column'")
+        if not 0 <= self.neighbours <= len(NEIGHBOURS):
+            raise ValueError(f'neighbours={self.neighbours}: give a number from 0 to {len(NEIGHBOURS)}')
+        if self.row_column_positions or self.neighbours or self.relative_colours or set(kinds) != {'full'}:
+            if not self.start_embedding:
+                raise ValueError('row_column_positions, neighbours, relative_colours and attention other than full need start_embedding=True')
+            if self.block_size % self.width or 'local' in kinds and self.block_size % (2 * self.width):
+                raise ValueError(f'{self.block_size} pixels are not whole rows of {self.width}, or an odd number of them under local attention')
 
 
 class LayerNorm(nn.Module):
@@ -49,24 +77,40 @@ class LayerNorm(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
+    """Attention over all earlier positions (full), over those of the same two rows (local) or of the same column (column).
 
-    def __init__(self, config):
+    Strided attention as in the Sparse Transformer (Child et al. 2019, arXiv 1904.10509), by reshaping: lanes of positions
+    that see each other, so that nothing is computed that is then masked.
+    """
+
+    def __init__(self, config, kind):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # queries, keys, values in one
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
         self.dropout = config.dropout
+        self.kind, self.width = kind, config.width
 
     def forward(self, x, kv=None):
-        """(B, T, C) -> (B, T, C). kv: a list that receives the keys and values, each (B, nh, T, hs)."""
-        B, T, C = x.size()
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
+        """(B, P, C) -> (B, P, C). kv: a list that receives the keys and values, each (B * lanes, nh, length, hs)."""
+        B, P, C = x.size()
+        if self.kind == 'column':
+            x = x.view(B, -1, self.width, C).transpose(1, 2)  # (B, width, height, C)
+        length = {'full': P, 'local': 2 * self.width, 'column': P // self.width}[self.kind]
+        # (3, B * lanes, nh, length, hs)
+        qkv = self.c_attn(x).reshape(-1, length, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv
         if kv is not None:
             kv.append((k, v))
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
-        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
-        return self.resid_dropout(self.c_proj(y))
+        with torch.autocast(x.device.type, enabled=x.is_cuda):  # on a CPU its gradient is five times slower in bfloat16
+            if not x.is_cuda:
+                q, k, v = qkv.to(x.dtype)
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
+        y = self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # (B * lanes, length, C), the heads side by side
+        if self.kind == 'column':
+            y = y.view(B, self.width, -1, C).transpose(1, 2)
+        return y.reshape(B, P, C)
 
 
 class MLP(nn.Module):
@@ -84,10 +128,10 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
 
-    def __init__(self, config):
+    def __init__(self, config, kind):
         super().__init__()
         self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, kind)
         self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
@@ -97,67 +141,209 @@ class Block(nn.Module):
         return x
 
 
+class Stem(nn.Module):
+    """A small MLP over the embeddings of the neighbours: what a convolution would see of the image so far."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.neighbours * config.n_embd, 2 * config.n_embd)
+        self.c_proj = nn.Linear(2 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x)))
+
+
+class HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy of x @ weight.T, x (n, C) and weight (V, C), against targets (n,), without ever holding (n, V) logits.
+
+    Chunks of rows go through the head, the softmax and the gradients of both while they are in the cache (on a GPU, in chunks
+    of 2 GB): three products as in the usual way, a fraction of the memory.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        rows = 2 ** 17 if x.is_cuda else 512
+        loss = x.new_zeros((), dtype=torch.float32)
+        dx, dweight = torch.zeros_like(x), torch.zeros_like(weight)
+        for x_, dx_, targets_ in zip(x.split(rows), dx.split(rows), targets[:, None].split(rows)):
+            logits = (x_ @ weight.t()).to(torch.promote_types(x.dtype, torch.float32))
+            logits -= logits.amax(-1, keepdim=True)
+            loss -= logits.gather(1, targets_).sum()
+            probs = logits.exp_()
+            total = probs.sum(-1, keepdim=True)
+            loss += total.log().sum()
+            if any(ctx.needs_input_grad):
+                probs /= total
+                probs.scatter_add_(1, targets_, -torch.ones_like(total))  # d loss / d logits
+                dx_.copy_(probs @ weight)
+                dweight += probs.t() @ x_
+        ctx.save_for_backward(dx / len(x), dweight / len(x))
+        return loss / len(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dweight = ctx.saved_tensors
+        return dx * grad, dweight * grad, None
+
+
+head_loss = torch.compiler.disable(HeadLoss.apply)  # its loop would be unrolled
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal: every direction of a matrix learns equally fast (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
+
+    def __init__(self, params, lr, momentum=0.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group['params']:
+                if p.grad is None:
+                    continue
+                if 'momentum' not in self.state[p]:
+                    self.state[p]['momentum'] = torch.zeros_like(p)
+                momentum = self.state[p]['momentum'].lerp_(p.grad, 1 - group['momentum'])
+                update = orthogonalise(p.grad.lerp(momentum, group['momentum']))  # Nesterov's
+                p.add_(update, alpha=-group['lr'] * max(1, p.size(0) / p.size(1)) ** 0.5)
+
+
+def orthogonalise(x, steps=5):
+    """A matrix -> nearly the orthogonal one next to it: a quintic Newton-Schulz iteration brings all singular values to 0.7 .. 1.2."""
+    if x.size(0) > x.size(1):
+        return orthogonalise(x.t(), steps).t()
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        square = x @ x.t()
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x
+
+
 class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        if config.n_embd % config.n_head:
-            raise ValueError(f'n_embd={config.n_embd} cannot be shared by n_head={config.n_head} heads: make it a multiple')
-        self.config = config
+        config.check()
+        c = self.config = config
+        kinds = c.attention.split()
         self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
-            drop=nn.Dropout(config.dropout),
-            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-            ln_f=LayerNorm(config.n_embd, bias=config.bias),
+            wte=nn.Embedding(c.vocab_size, c.n_embd),
+            drop=nn.Dropout(c.dropout),
+            h=nn.ModuleList([Block(c, kinds[i % len(kinds)]) for i in range(c.n_layer)]),
+            ln_f=LayerNorm(c.n_embd, bias=c.bias),
         ))
-        if config.start_embedding:
-            self.transformer['wse'] = nn.Embedding(1, config.n_embd)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if c.start_embedding:
+            self.transformer['wse'] = nn.Embedding(1, c.n_embd)
+        if c.row_column_positions:
+            self.transformer['wre'] = nn.Embedding(c.block_size // c.width, c.n_embd)
+            self.transformer['wce'] = nn.Embedding(c.width, c.n_embd)
+        else:
+            self.transformer['wpe'] = nn.Embedding(c.block_size, c.n_embd)
+        if c.neighbours:
+            self.transformer['stem'] = Stem(c)
+        if c.factorised_colours:
+            self.transformer['wle'] = nn.Embedding(3 * LEVELS, c.n_embd)  # red, green and blue levels
+        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied: a colour has one vector, read and written
+        if c.relative_colours:  # a score for each difference -15 .. 15, of 3 channels, to the left and upper pixel
+            self.rel_head = nn.Linear(c.n_embd, 2 * 3 * (2 * LEVELS - 1))
+        token = torch.arange(c.vocab_size)
+        levels = torch.stack((token // LEVELS ** 2, token // LEVELS % LEVELS, token % LEVELS), dim=1)  # (V, 3)
+        self.register_buffer('levels', F.pad(levels, (0, 0, 0, 1)), persistent=False)  # (V + 1, 3), black for what is outside
+        self.register_buffer('one_hot', F.one_hot(levels.clamp(max=LEVELS - 1), LEVELS).flatten(1).float(), persistent=False)  # (V, 48)
 
         # GPT-2's initialisation: layers that add to the residual stream start smaller, the more of them there are
         for name, p in self.named_parameters():
             if p.dim() >= 2:
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 0.02)
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) if name.endswith('c_proj.weight') else 0.02)
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
+        if c.factorised_colours:  # four vectors add up to that of a colour
+            nn.init.normal_(self.transformer.wte.weight, std=0.01)
+            nn.init.normal_(self.transformer.wle.weight, std=0.01)
+        if c.relative_colours:
+            nn.init.zeros_(self.rel_head.weight)
 
     def num_params(self):
         """Number of parameters without the positions, as nanoGPT counts."""
-        return sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
+        return sum(p.numel() for name, p in self.named_parameters() if not name.startswith(('transformer.wpe', 'transformer.wre', 'transformer.wce')))
 
-    def embed(self, tokens):
-        """Pixels from the first one on, (B, T) -> their input embeddings (B, T, C), or (B, T + 1, C) with the start before them."""
-        x = self.transformer.wte(tokens)
-        if self.config.start_embedding:
-            x = torch.cat((self.transformer.wse.weight.expand(len(x), 1, -1), x), dim=1)
-        return x
+    def colours(self):
+        """The vector of each colour, for embedding and head, (V, C)."""
+        table = self.transformer.wte.weight
+        return table + self.one_hot @ self.transformer.wle.weight if self.config.factorised_colours else table
 
-    def trunk(self, x, kv=None):
-        """Input embeddings of the first T positions, (B, T, C) -> what the head reads there, (B, T, C). kv as in CausalSelfAttention."""
-        x = self.transformer.drop(x + self.transformer.wpe.weight[:x.size(1)])
-        for block in self.transformer.h:
+    def positions(self):
+        """The embedding of each position, (block_size, C)."""
+        h = self.transformer
+        return (h.wre.weight[:, None] + h.wce.weight).flatten(0, 1) if self.config.row_column_positions else h.wpe.weight
+
+    def around(self, tokens):
+        """Whole rows of pixels (B, T) -> the known ones around each of them, nearest first, (B, T, 24); V where the image ends."""
+        canvas = F.pad(tokens.view(len(tokens), -1, self.config.width), (3, 3, 3, 0), value=self.config.vocab_size)
+        height, width = canvas.size(1) - 3, self.config.width
+        return torch.stack([canvas[:, 3 + y:3 + y + height, 3 + x:3 + x + width] for y, x in NEIGHBOURS], dim=-1).flatten(1, 2)
+
+    def embed_around(self, around, colours):
+        """Colours of neighbours (..., 24), V for none -> what the stem makes of the first K of them, (..., C)."""
+        table = torch.cat((colours, torch.zeros_like(colours[:1])))
+        return self.transformer.stem(F.embedding(around[..., :self.config.neighbours], table).flatten(-2))
+
+    def relative_scores(self, x, around):
+        """(..., C) and colours of neighbours (..., 24) -> a score for each red, green and blue level, (..., 48)."""
+        touching = around[..., :2]  # left and above
+        scores = self.rel_head(x).view(*x.shape[:-1], 2, 3, 2 * LEVELS - 1)
+        differences = torch.arange(LEVELS, device=x.device) - self.levels[touching][..., None]  # (..., 2, 3, 16)
+        scores = scores.gather(-1, differences + LEVELS - 1) * (touching < self.config.vocab_size)[..., None, None]
+        return scores.sum(-3).flatten(-2)
+
+    def features(self, tokens, kv=None):
+        """Pixels from the first one on, (B, T) -> what the head reads, (B, P, C'), and its weights, (V, C').
+
+        The last P of the T pixels are predicted, each from those before it: P is T with the start embedding and T - 1
+        without. kv as in CausalSelfAttention.
+        """
+        c, h, T = self.config, self.transformer, tokens.size(1)
+        if c.row_column_positions or c.neighbours or c.relative_colours or c.attention != 'full':
+            tokens = F.pad(tokens, (0, -T % min(2 * c.width, c.block_size)))  # whole bands of two rows; they come after everything else
+        colours = self.colours()
+        x = F.embedding(tokens[:, :-1], colours)
+        if c.start_embedding:
+            x = torch.cat((h.wse.weight.expand(len(x), 1, -1), x), dim=1)
+        x = x + self.positions()[:x.size(1)]
+        if c.neighbours or c.relative_colours:
+            around = self.around(tokens)
+        if c.neighbours:
+            x = x + self.embed_around(around, colours)
+        x = h.drop(x)
+        for block in h.h:
             x = block(x, kv)
-        return self.transformer.ln_f(x)
+        x = h.ln_f(x)
+        if c.relative_colours:  # one product for both kinds of logits
+            x, colours = torch.cat((x, self.relative_scores(x, around)), dim=-1), torch.cat((colours, self.one_hot), dim=1)
+        return x[:, :T - 1 + c.start_embedding], colours
+
+    def logits(self, tokens):
+        """Images, or their first T pixels, (B, T) -> logits (B, P, V) of the last P pixels; each depends on earlier pixels only."""
+        x, weight = self.features(tokens)
+        return x @ weight.t()
 
     def forward(self, tokens):
-        """Whole images, or their first T pixels, (B, T) -> logits (B, P, V) and mean cross-entropy in nats (a scalar).
+        """Images, or their first T pixels, (B, T) -> mean cross-entropy of the last P pixels in nats."""
+        x, weight = self.features(tokens)
+        return head_loss(x.flatten(0, 1), weight, tokens[:, -x.size(1):].flatten())
 
-        logits[:, -P:] belong to tokens[:, -P:]: P is T with the start embedding and T - 1 without, where nothing
-        predicts the first pixel. logits at a pixel depend on the pixels before it only.
+    def configure_optimizers(self, weight_decay, learning_rate, betas, muon_lr=0.0):
+        """-> [AdamW] as in nanoGPT: matrices and embeddings decay, gains and biases do not; fused on CUDA.
+
+        With muon_lr -> [AdamW, Muon]: the matrices of blocks and stem go to Muon, embeddings and the rest stay with AdamW.
         """
-        logits = self.lm_head(self.trunk(self.embed(tokens[:, :-1])))
-        targets = tokens[:, -logits.size(1):]
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-    def configure_optimizer(self, weight_decay, learning_rate, betas):
-        """AdamW as in nanoGPT: matrices and embeddings decay, gains and biases do not; fused on CUDA."""
-        params = [p for p in self.parameters() if p.requires_grad]
-        groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
-                  {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
-        fused = params[0].is_cuda and 'fused' in inspect.signature(torch.optim.AdamW).parameters
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, **({'fused': True} if fused else {}))
+        matrices = [p for name, p in self.named_parameters() if muon_lr and p.dim() == 2 and name.startswith(('transformer.h.', 'transformer.stem.'))]
+        rest = [p for p in self.parameters() if all(p is not matrix for matrix in matrices)]
+        groups = [{'params': [p for p in rest if p.dim() >= 2], 'weight_decay': weight_decay},
+                  {'params': [p for p in rest if p.dim() < 2], 'weight_decay': 0.0}]
+        adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=rest[0].is_cuda or None)
+        return [adamw, Muon(matrices, muon_lr)] if matrices else [adamw]
 
     def generate(self, tokens, max_new_tokens=None, *, temperature=1.0, top_k=None, top_p=None, generator=None, use_cache=True, progress=None):
         """Continue images pixel by pixel: prompts (B, T) -> (B, T + max_new_tokens), the prompts included.
@@ -198,7 +384,8 @@ class GPT(nn.Module):
 def paint_plainly(model, images, seeds, draw, first):
     """The whole image so far through the whole model, for every pixel."""
     for i in range(first, images.size(1)):
-        logits = model.lm_head(model.trunk(model.embed(images[:, :i]))[:, -1])
+        x, weight = model.features(images[:, :i + 1])  # the pixel itself is not looked at
+        logits = x[:, -1] @ weight.t()
         images[:, i] = draw(logits, exponential_noise(seeds, i, 1, logits.size(-1))[0])
         yield 1
 
@@ -210,8 +397,7 @@ def paint_cached(model, images, seeds, draw, first, ahead=16):
     for begin in range(first, images.size(1), ahead):  # noise for a few pixels at a time
         for i, noise in enumerate(exponential_noise(seeds, begin, min(ahead, images.size(1) - begin), logits.size(-1)), begin):
             if i > first:
-                pos = decoder.position(i - 1)
-                logits = decoder.decode_one_token(token, slice(pos, pos + 1), pos + 1)
+                logits = decoder.decode_one_token(token, i)
             images[:, i] = token = draw(logits, noise)
             yield 1
 
@@ -219,94 +405,134 @@ def paint_cached(model, images, seeds, draw, first, ahead=16):
 def paint_on_cuda(model, images, seeds, draw, first, stretch=512, steps=32):
     """The same where launching a kernel takes longer than running it: CUDA graphs of so many steps each.
 
-    A graph only repeats itself: where it stands is a number in memory, and it looks at all positions up to the end of a
-    stretch of pixels, those to come masked. On a CPU the steps run one by one, which tests all but the capture.
+    A graph only repeats itself: where it stands is a number in memory, and full attention goes up to the end of a stretch
+    of pixels, those to come masked. On a CPU the steps run one by one, which tests all but the capture.
     """
     decoder = Decoder(model, len(images))
     logits = decoder.prefill(images[:, :first])
     images[:, first] = draw(logits, exponential_noise(seeds, first, 1, logits.size(-1))[0])
     yield 1
     pixel = torch.tensor([first], device=images.device)  # the last that stands
-    positions = torch.arange(model.config.block_size, device=images.device)
 
     def paint(noises, length):  # a pixel for each of them
         for noise in noises:
-            pos = decoder.position(pixel)
-            mask = torch.zeros_like(positions[:length], dtype=logits.dtype).masked_fill(positions[:length] > pos, -math.inf)
-            token = draw(decoder.decode_one_token(images.index_select(1, pixel)[:, 0], pos, length, mask), noise)
+            token = images.index_select(1, pixel)[:, 0]
             pixel.add_(1)
-            images.index_copy_(1, pixel, token[:, None])
+            images.index_copy_(1, pixel, draw(decoder.decode_one_token(token, pixel, length), noise)[:, None])
 
     for begin in range(first + 1, images.size(1), stretch):
-        end = min(begin + stretch, images.size(1))
-        length, graph = decoder.position(end - 2) + 1, None
+        end, graph = min(begin + stretch, images.size(1)), None
         for i in range(begin, end, steps):
             fresh = exponential_noise(seeds, i, min(steps, end - i), logits.size(-1))
             if not images.is_cuda or len(fresh) < steps:
-                paint(fresh, length)
+                paint(fresh, end)
             elif i == begin:  # libraries set themselves up in the first steps, which are therefore not captured
                 side = torch.cuda.Stream()
                 side.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(side):
-                    paint(fresh, length)
+                    paint(fresh, end)
                 torch.cuda.current_stream().wait_stream(side)
             else:
                 if not graph:
                     graph, noises = torch.cuda.CUDAGraph(), fresh
                     with torch.cuda.graph(graph):
-                        paint(noises, length)
+                        paint(noises, end)
                 noises.copy_(fresh)
                 graph.replay()
             yield len(fresh)
 
 
 class Decoder:
-    """What the sampler keeps for B images: the weights, laid out once for single pixels, and the keys and values so far."""
+    """What the sampler keeps for B images: the weights, laid out once for single pixels, and the keys and values so far.
+
+    Keys and values lie in slots: all positions (full), those of the present band (local), or column after column.
+    """
 
     def __init__(self, model, B):
         c, h, weight = model.config, model.transformer, model.lm_head.weight
         hs = c.n_embd // c.n_head
         queries = torch.ones_like(weight[0]).repeat(3)
         queries[:c.n_embd] = hs ** -0.5  # the scaling of the scores
-        self.model, self.n_head, self.offset = model, c.n_head, int(c.start_embedding)
-        self.wte, self.wpe, self.ln_f, self.head = h.wte.weight, h.wpe.weight, norm(h.ln_f), linear(model.lm_head)
-        self.blocks = [(norm(b.ln_1), linear(b.attn.c_attn, queries), linear(b.attn.c_proj),
+        self.model, self.n_head, self.width, self.height = model, c.n_head, c.width, c.block_size // c.width
+        self.colours, self.positions, self.ln_f = model.colours(), model.positions(), norm(h.ln_f)
+        self.head = torch.cat((self.colours, model.one_hot), dim=1) if c.relative_colours else self.colours
+        self.head = self.head.t().contiguous()
+        self.blocks = [(b.attn.kind, norm(b.ln_1), linear(b.attn.c_attn, queries), linear(b.attn.c_proj),
                         norm(b.ln_2), linear(b.mlp.c_fc), linear(b.mlp.c_proj)) for b in h.h]
+        self.lengths = {'full': c.block_size, 'local': 2 * c.width, 'column': self.height}  # most positions that see each other
+        slots = [2 * c.width if b.attn.kind == 'local' else c.block_size for b in h.h]
         # keys with one dimension a row: the scores of all positions are then read in one go
-        self.keys = weight.new_zeros(c.n_layer, B * c.n_head, hs, c.block_size)
-        self.values = weight.new_zeros(c.n_layer, B * c.n_head, c.block_size, hs)
-
-    def position(self, pixel):
-        """Where the model reads this pixel, to predict the next."""
-        return pixel + self.offset
+        self.keys = [weight.new_zeros(B * c.n_head, hs, n) for n in slots]
+        self.values = [weight.new_zeros(B * c.n_head, n, hs) for n in slots]
+        if c.neighbours or c.relative_colours:
+            # pixels so far with an edge around them: the same places as in GPT.around, found by looking up numbered pixels there
+            stride = c.width + 6
+            self.canvas = torch.full((B, (self.height + 3) * stride), c.vocab_size, device=weight.device)
+            place = torch.arange(len(self.canvas[0]), device=weight.device).view(-1, stride)[3:, 3:-3].flatten()
+            self.place = place[:, None]  # (N, 1)
+            self.neighbours = place[:, None] + torch.tensor([y * stride + x for y, x in NEIGHBOURS], device=weight.device)  # (N, 24)
 
     def prefill(self, tokens):
         """Prompts (B, T) -> logits of the pixel after them, (B, V); keys and values of all of it are kept."""
+        B, T = tokens.shape
         kv = []
-        x = self.model.trunk(self.model.embed(tokens), kv)  # (B, P, C)
-        for (k, v), keys, values in zip(kv, self.keys, self.values):
-            keys[:, :, :x.size(1)] = k.flatten(0, 1).mT
-            values[:, :x.size(1)] = v.flatten(0, 1)
-        return self.model.lm_head(x[:, -1])
+        x, weight = self.model.features(F.pad(tokens, (0, 1)), kv)  # (B, P, C')
+        for (kind, *_), (k, v), keys, values in zip(self.blocks, kv, self.keys, self.values):
+            k, v = (t.unflatten(0, (B, -1)).permute(0, 2, 1, 3, 4) for t in (k, v))  # (B, nh, lanes, length, hs)
+            if kind == 'local':  # of the present band
+                band = T // (2 * self.width)
+                k, v = k[:, :, band:band + 1], v[:, :, band:band + 1]
+            lanes, length = k.shape[2:4]
+            keys.unflatten(2, (lanes, -1))[..., :length] = k.permute(0, 1, 4, 2, 3).flatten(0, 1)
+            values.unflatten(1, (lanes, -1))[:, :, :length] = v.flatten(0, 1)
+        if hasattr(self, 'canvas'):
+            self.canvas[:, self.place[:T, 0]] = tokens
+        return x[:, -1] @ weight.t()
 
-    def decode_one_token(self, tokens, pos, length, mask=None):
-        """The pixels (B,) at position pos -> logits of the next ones, (B, V).
+    def where(self, kind, position, length):
+        """-> the slot of a position, the slots it attends to, and a mask for these (or None). Numbers in, slices out; tensors, tensors."""
+        first, slot = 0, position
+        if kind == 'local':
+            slot = position % (2 * self.width)
+        elif kind == 'column':
+            first = position % self.width * self.height
+            slot = first + position // self.width
+        if isinstance(position, int):
+            return slice(slot, slot + 1), slice(first, slot + 1), None
+        span = torch.arange(min(self.lengths[kind], length), device=position.device)
+        mask = torch.zeros_like(span, dtype=self.head.dtype).masked_fill(span > slot - first, -math.inf)
+        return slot, span + first if kind == 'column' else slice(0, len(span)), mask
 
-        pos is slice(i, i + 1) or tensor([i]); attention goes over the first length positions, to which mask (length,) is added.
+    def decode_one_token(self, tokens, pixel, length=None):
+        """The pixels (B,) before pixel -> logits of pixel, (B, V).
+
+        pixel is a number or, for a graph, tensor([number]); then full attention goes over the first length positions.
         """
-        B, nh = len(tokens), self.n_head
-        x = torch.embedding(self.wte, tokens) + self.wpe[pos]  # (B, C)
-        for (ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), keys, values in zip(self.blocks, self.keys, self.values):
+        B, nh, c = len(tokens), self.n_head, self.model.config
+        at = lambda i: slice(i, i + 1) if isinstance(i, int) else i
+        position = pixel - int(not c.start_embedding)
+        where = {kind: self.where(kind, position, length) for kind in {block[0] for block in self.blocks}}
+        x = torch.embedding(self.colours, tokens) + self.positions[at(position)]  # (B, C)
+        if c.neighbours or c.relative_colours:
+            self.canvas.index_copy_(1, self.place[at(pixel - 1)][0], tokens[:, None])
+            around = self.canvas.index_select(1, self.neighbours[at(pixel)][0])  # (B, 24)
+        if c.neighbours:
+            x = x + self.model.embed_around(around, self.colours)
+        for (kind, ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), keys, values in zip(self.blocks, self.keys, self.values):
+            slot, seen, mask = where[kind]
             q, k, v = c_attn(ln_1(x)).view(B, 3, nh, -1).unbind(1)  # each (B, nh, hs)
-            keys[:, :, pos] = k.reshape(B * nh, -1, 1)
-            values[:, pos] = v.reshape(B * nh, 1, -1)
-            scores = torch.bmm(q.reshape(B * nh, 1, -1), keys[:, :, :length])  # (B * nh, 1, length)
+            keys[:, :, slot] = k.reshape(B * nh, -1, 1)
+            values[:, slot] = v.reshape(B * nh, 1, -1)
+            scores = torch.bmm(q.reshape(B * nh, 1, -1), keys[:, :, seen])  # (B * nh, 1, positions)
             if mask is not None:
                 scores = scores + mask
-            y = torch.bmm(scores.softmax(-1), values[:, :length]).view(B, -1)  # (B, C), the heads side by side
+            y = torch.bmm(scores.softmax(-1), values[:, seen]).view(B, -1)  # (B, C), the heads side by side
             x = x + attn_proj(y)
             x = x + mlp_proj(F.gelu(c_fc(ln_2(x))))
-        return self.head(self.ln_f(x))
+        x = self.ln_f(x)
+        if c.relative_colours:
+            x = torch.cat((x, self.model.relative_scores(x, around)), dim=-1)
+        return torch.mm(x, self.head)
 
 
 def norm(module):
@@ -332,7 +558,7 @@ def images_at_once(config, weight):
     """
     if weight.device.type != 'cuda':
         return 8
-    image = 2 * config.n_layer * config.block_size * config.n_embd * weight.itemsize
+    image = 2 * config.n_layer * config.block_size * config.n_embd * weight.itemsize  # at most: local attention keeps two rows
     return max(1, torch.cuda.mem_get_info(weight.device)[0] // 2 // image)
 
 

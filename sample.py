@@ -107,7 +107,8 @@ def main(argv=None):
         whole = original, len(prompt)
     else:
         prompt, whole = first_pixel(args.first_pixel, model), None
-    model.to(extras.pick_dtype('auto', device))  # bfloat16 on a GPU that has it, cache and all
+    if device.startswith('cuda'):
+        model.to(extras.pick_dtype('auto', device))  # bfloat16 on a GPU that has it, cache and all
 
     images = np.zeros((0, height * width), np.int64)
     for painted in paint(model, prompt, args):

@@ -13,7 +13,7 @@ import glob
 import math
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 import torch
@@ -41,12 +41,18 @@ class TrainConfig:
     dropout: float = key(0.0, 'share of activations dropped in training')
     bias: bool = key(False, 'biases in linear and norm layers')
     start_embedding: bool = key(True, 'learn an embedding that stands before the first pixel, so that this one is predicted too')
+    row_column_positions: bool = key(False, 'embed the row and the column of the pixel to be predicted, not each position by itself')
+    neighbours: int = key(0, 'how many of the nearest known pixels (24 at most) a small MLP feeds into the first block')
+    factorised_colours: bool = key(False, "a colour's vector, in embedding and head, is its own plus one for each of its red, green and blue levels")
+    relative_colours: bool = key(False, 'let the head also score how much each channel differs from the pixels to the left and above')
+    attention: str = key('full', "what the layers attend to, in turn: all pixels so far (full), those of the same two rows (local) or of the same column (column), as in 'local column'")
     # the optimiser
     batch_size: int = key(40, 'images an iteration, over all processes and accumulation steps together')
     gradient_accumulation_steps: int = key(1, 'pieces in which a process works through its share of the batch, to save memory')
     max_iters: int = key(10000, 'iterations')
     learning_rate: float = key(6e-4, 'peak of the schedule: linear warm-up, cosine decay')
     min_lr: float = key(6e-5, 'end of the schedule, at max_iters')
+    muon_lr: float = key(0.0, 'peak for the matrices of the blocks, which Muon updates then, on the same schedule (0: AdamW for all)')
     warmup_iters: int = key(200, 'iterations of the warm-up')
     weight_decay: float = key(0.1, 'of matrices and embeddings')
     beta1: float = key(0.9, 'AdamW: memory of the gradient')
@@ -65,7 +71,7 @@ class TrainConfig:
     # the machine
     seed: int = key(1337, 'decides the initial weights, the order of the images and the noise of the samples')
     device: str = key('auto', "'auto', 'cuda', 'cuda:1', 'mps' or 'cpu'")
-    dtype: str = key('auto', "'auto' (bfloat16 where the GPU has it, else float16 with a loss scaler, else float32) or one of the three")
+    dtype: str = key('auto', "'auto' (bfloat16 where the GPU, or the CPU with AMX, has it; else float16 with a loss scaler on CUDA, else float32) or one of the three")
     compile: bool | str = key('auto', "torch.compile: True, False, or 'auto' (on CUDA)")
 
 # -----------------------------------------------------------------------------
@@ -111,7 +117,7 @@ def evaluate(model, data, config, device, autocast, rank, world_size):
     for i in tqdm(range(0, len(mine), config.eval_batch_size), desc='validation', leave=False, disable=None if rank == 0 else True):
         rows = [data[j] for j in mine[i:i + config.eval_batch_size]]
         with autocast:
-            _, loss = model(torch.from_numpy(np.stack(rows).astype(np.int64)).to(device))
+            loss = model(torch.from_numpy(np.stack(rows).astype(np.int64)).to(device))
         sums += torch.stack((loss * len(rows), torch.full_like(loss, len(rows))))
     if world_size > 1:
         dist.all_reduce(sums)
@@ -180,7 +186,7 @@ def check(config, world_size):
     """Values that have the right type and still make no sense. Raises UserError."""
     positive = ('n_layer', 'n_head', 'n_embd', 'batch_size', 'gradient_accumulation_steps', 'max_iters', 'learning_rate',
                 'log_interval', 'eval_batch_size', 'num_samples', 'keep_checkpoints')
-    extras.check_values(config, **{name: ('more than 0', getattr(config, name) > 0) for name in positive})
+    extras.check_values(config, muon_lr=('0 or more', config.muon_lr >= 0), **{name: ('more than 0', getattr(config, name) > 0) for name in positive})
     pieces = world_size * config.gradient_accumulation_steps
     extras.check_values(
         config, n_embd=(f'a multiple of --n_head={config.n_head}', config.n_embd % config.n_head == 0),
@@ -230,21 +236,30 @@ def main(argv=None):
     # model and optimiser, new or from a checkpoint
     torch.manual_seed(config.seed)
     model_args = dict(block_size=meta['tokens_per_image'] - (not config.start_embedding), vocab_size=meta['vocab_size'],
-                      **{name: getattr(config, name) for name in ('n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'start_embedding')})
-    raw_model = GPT(GPTConfig(**model_args)).to(device)  # kept by this name: torch.compile and DDP change those of the weights
-    optimizer = raw_model.configure_optimizer(config.weight_decay, config.learning_rate, (config.beta1, config.beta2))
+                      width=meta['width'], **{f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)})
+    try:
+        raw_model = GPT(GPTConfig(**model_args))
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    raw_model.to(device)  # kept by this name: torch.compile and DDP change those of the weights
+    optimizers = raw_model.configure_optimizers(config.weight_decay, config.learning_rate, (config.beta1, config.beta2), config.muon_lr)
+    peaks = [optimizer.param_groups[0]['lr'] for optimizer in optimizers]
     iteration, seconds, best_val_loss, best_iter, saved = 0, 0.0, math.inf, None, []
     if config.init_from != 'scratch':
         path = find_checkpoint(config)
         checkpoint = extras.load_checkpoint(path, device)
         for name, value in model_args.items():
-            if checkpoint['model_args'].get(name) != value and name != 'dropout':
-                raise UserError(f"{path} has {name}={checkpoint['model_args'].get(name)}, this run {name}={value}: resume with the config (and data) it was made with")
+            theirs = getattr(GPTConfig(**checkpoint['model_args']), name)
+            if theirs != value and name != 'dropout':
+                raise UserError(f"{path} has {name}={theirs}, this run {name}={value}: resume with the config (and data) it was made with")
         if 'optimizer' not in checkpoint or 'run' not in checkpoint:
             raise UserError(f'{path} holds weights for sampling only: it cannot be resumed')
         raw_model.load_state_dict(checkpoint['model'])
-        # the moments from the checkpoint, but the weight decay and betas of this run's config
-        optimizer.load_state_dict({**checkpoint['optimizer'], 'param_groups': optimizer.state_dict()['param_groups']})
+        states = [checkpoint[name] for name in ('optimizer', 'muon') if checkpoint.get(name)]
+        if len(states) != len(optimizers):
+            raise UserError(f'{path} was trained {"with" if len(states) > 1 else "without"} Muon, and this run is not: set --muon_lr as it was')
+        for optimizer, state in zip(optimizers, states):  # the moments from the checkpoint, but the weight decay and betas of this run's config
+            optimizer.load_state_dict({**state, 'param_groups': optimizer.state_dict()['param_groups']})
         if checkpoint['scaler']:  # empty, unless it was float16
             scaler.load_state_dict(checkpoint['scaler'])
         iteration, best_val_loss = checkpoint['iter_num'], checkpoint['best_val_loss']
@@ -261,7 +276,8 @@ def main(argv=None):
     if world_size > 1:
         model = DDP(model, device_ids=[device] if device.startswith('cuda') else None)
 
-    say(f"{raw_model.num_params() / 1e6:.2f}M parameters (and {raw_model.transformer.wpe.weight.numel() / 1e6:.2f}M for positions) on {world_size} x {device}, "
+    positions = sum(p.numel() for p in raw_model.parameters()) - raw_model.num_params()
+    say(f"{raw_model.num_params() / 1e6:.2f}M parameters (and {positions / 1e6:.2f}M for positions) on {world_size} x {device}, "
         f"{str(dtype).removeprefix('torch.')}{', compiled' if compile_it else ''}")
     say(f"{len(train_data):,} training and {len(val_data):,} validation images of {meta['height']}x{meta['width']} from {config.data_dir}; "
         f"{config.max_iters:,} iterations of {config.batch_size} images are {config.max_iters * config.batch_size / len(train_data):.2f} epochs")
@@ -328,7 +344,7 @@ def main(argv=None):
                 log(learning_rate=f'{get_lr(iteration - 1, config):.4g}', val_loss=round(val_loss, 5), bits_per_pixel=round(val_loss / math.log(2), 5))
                 path = os.path.join(config.out_dir, f'ckpt{iteration}.pt')
                 extras.save_checkpoint(dict(
-                    model=raw_model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), model_args=model_args,
+                    model=raw_model.state_dict(), optimizer=optimizers[0].state_dict(), muon=optimizers[-1].state_dict() if config.muon_lr else None, scaler=scaler.state_dict(), model_args=model_args,
                     iter_num=iteration, best_val_loss=best_val_loss, config=asdict(config), height=meta['height'], width=meta['width'],
                     run=dict(seconds=seconds, best_iter=best_iter, saved=saved)), path)
                 # the oldest ones go, but never the best nor the last; what other runs have left here is not touched
@@ -347,24 +363,26 @@ def main(argv=None):
 
         # one step. Dropout too is a function of (seed, iteration, rank): a checkpoint needs no random state
         torch.manual_seed(config.seed + iteration * world_size + rank)
-        for group in optimizer.param_groups:
-            group['lr'] = get_lr(iteration, config)
+        for optimizer, peak in zip(optimizers, peaks):
+            for group in optimizer.param_groups:
+                group['lr'] = get_lr(iteration, config) / config.learning_rate * peak
         for step in range(config.gradient_accumulation_steps):
             start = iteration * config.batch_size + rank * share + step * micro
             tokens = get_batch(train_data, range(start, start + micro), config, meta, device)
             if world_size > 1:  # the ranks share their gradients in the last backward pass only
                 model.require_backward_grad_sync = step == config.gradient_accumulation_steps - 1
             with autocast:
-                _, loss = model(tokens)
-                loss = loss / config.gradient_accumulation_steps
+                loss = model(tokens) / config.gradient_accumulation_steps
             scaler.scale(loss).backward()
             loss_sum += loss.detach()
         if config.grad_clip:
-            scaler.unscale_(optimizer)
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip)
-        scaler.step(optimizer)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
         loss_count += 1
         iteration += 1
 

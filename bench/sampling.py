@@ -51,7 +51,7 @@ def plain_loop(model, batch, device):
     seconds = []
     for length in lengths:
         images = torch.randint(4096, (batch, length), device=device)
-        seconds.append(best_of(3 if batch < 8 else 2, lambda: model.lm_head(model.trunk(model.embed(images))[:, -1]), device))
+        seconds.append(best_of(3 if batch < 8 else 2, lambda: plain(model, images), device))
     parabola = np.polyfit(lengths, seconds, 2, w=1 / np.array(seconds))
     return np.polyval(parabola, np.arange(N)).clip(min(seconds)).sum()
 
@@ -122,7 +122,8 @@ def main():
     start_up = None
     if device == 'cpu':
         start_up = first_picture(model, round(model.config.tokens_per_image ** 0.5))
-    model.to(extras.pick_dtype('auto', device))
+    if device != 'cpu':
+        model.to(extras.pick_dtype('auto', device))
     if args.profile:
         return profile(model, device)
     cores = f'{torch.get_num_threads()} threads' if device == 'cpu' else torch.cuda.get_device_name(device)

@@ -1,18 +1,24 @@
-# The ancestor's experiment, done right: images aligned to rows, every pixel predicted, every validation image counted.
-# Meant for one GPU; on a CPU see photos_cpu.py.
+# The recommended recipe: the same transformer, which now sees in two dimensions, 12,000 images in 6,000 small steps.
+# About forty minutes on two CPU cores with AMX, a good hour without; minutes on a GPU.
 data_dir = 'data/landscape'  # python prepare.py
 
 n_layer = 4
 n_head = 4
-n_embd = 128  # 1.3M parameters
+n_embd = 128  # 1.8M parameters, all told
+row_column_positions = True
+neighbours = 12  # those at most two rows up and two columns aside
+factorised_colours = True
+relative_colours = True
+attention = 'local column'  # a fifth of the time of full attention, and nothing lost
 
-batch_size = 40  # images an iteration: 163,840 pixels
-gradient_accumulation_steps = 5  # 8 images at a time: the logits of one image alone take 64 MB
-max_iters = 10000
+batch_size = 2  # small batches learn as much from an image as large ones, and take more steps
+max_iters = 6000
 
-learning_rate = 6e-4
-min_lr = 6e-5
-warmup_iters = 200
+learning_rate = 3e-3  # embeddings and head
+muon_lr = 0.02  # the matrices of the blocks: after 600 images they are where AdamW takes them with 1,600
+min_lr = 1e-5
+warmup_iters = 50
+beta2 = 0.99  # a batch of two is noisy
 
-eval_at = (200, 400, 800, 1600, 3000, 6000, 10000)  # dense early, where pictures change fast
-keep_checkpoints = 10  # all of them
+eval_at = (200, 400, 800, 1600, 3000, 6000)  # dense early, where pictures change fast
+log_interval = 50

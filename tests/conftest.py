@@ -13,7 +13,7 @@ os.environ['OMP_NUM_THREADS'] = '1'  # before torch is imported: two test proces
 ENV = {**os.environ, 'PYTHONPATH': '', 'HF_HUB_OFFLINE': '1'}
 # a model that trains in a second
 TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--learning_rate=3e-3', '--warmup_iters=5', '--batch_size=8',
-        '--log_interval=5', '--num_samples=2', '--device=cpu']
+        '--log_interval=5', '--num_samples=2', '--device=cpu', '--dtype=float32']
 
 
 def command(script, *args):

@@ -9,16 +9,23 @@ from torch.nn import functional as F
 
 import extras
 import prepare
-from model import Decoder, GPT, GPTConfig, choose, exponential_noise, logits_to_probs, paint_cached, paint_on_cuda
+from model import NEIGHBOURS, Decoder, GPT, GPTConfig, choose, exponential_noise, logits_to_probs, paint_cached, paint_on_cuda
 
 SIDE = 12
 TOKENS = SIDE * SIDE
 
 
-def small(start_embedding=True, tokens=TOKENS, seed=0, std=None, **kwargs):
+FLAT = dict(row_column_positions=True, neighbours=12, factorised_colours=True, relative_colours=True)
+KINDS = {'plain': {}, 'ancestor': dict(start_embedding=False), 'full': FLAT, 'local': {**FLAT, 'attention': 'local'}, 'column': {**FLAT, 'attention': 'column', 'neighbours': 24},
+         'local column': {**FLAT, 'attention': 'local column full'}, 'relative': dict(relative_colours=True), 'biased': dict(bias=True, attention='column', factorised_colours=True)}
+kinds = pytest.mark.parametrize('kind', KINDS)
+
+
+def small(kind='plain', tokens=TOKENS, seed=0, std=None, **kwargs):
     """A small model; with std its weights are large enough that what it draws depends on what it sees."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(**{**dict(block_size=tokens - (not start_embedding), n_layer=3, n_head=2, n_embd=32, start_embedding=start_embedding), **kwargs}))
+    args = {**dict(n_layer=3, n_head=2, n_embd=32, width=round(tokens ** 0.5)), **KINDS[kind], **kwargs}
+    model = GPT(GPTConfig(block_size=tokens - (not args.get('start_embedding', True)), **args))
     if std:
         for p in model.parameters():
             if p.dim() >= 2:
@@ -31,64 +38,88 @@ def images(count, side=SIDE, seed=0):
     return torch.from_numpy(np.stack([extras.pack_rgb(source.rgb(i, side)).reshape(-1) for i in range(count)]).astype(np.int64))
 
 
-both = pytest.mark.parametrize('start_embedding', [True, False])
-
-
 # -----------------------------------------------------------------------------
 # training
 
-@both
-def test_loss_before_training_is_that_of_a_guess(start_embedding):
+@kinds
+def test_loss_before_training_is_that_of_a_guess(kind):
     tokens = torch.randint(4096, (4, 1024), generator=torch.Generator().manual_seed(0))
     for seed in range(3):
-        loss = small(start_embedding, tokens=1024, seed=seed, n_layer=4, n_head=4, n_embd=128)(tokens)[1]
+        loss = small(kind, tokens=1024, seed=seed, n_layer=4, n_head=4, n_embd=128)(tokens)
         assert abs(loss.item() - math.log(4096)) < 0.1
 
 
-@both
-def test_a_single_batch_can_be_learnt_by_heart(start_embedding):
-    model, tokens = small(start_embedding).train(), images(4)
+@kinds
+def test_a_single_batch_can_be_learnt_by_heart(kind):
+    model, tokens = small(kind).train(), images(4)
     optimizer = model.configure_optimizer(0.0, 3e-3, (0.9, 0.95))
     for _ in range(200):
-        _, loss = model(tokens)
+        loss = model(tokens)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     assert loss.item() < 0.5
 
 
-@both
-def test_what_is_predicted_and_that_the_loss_is_its_mean(start_embedding):
-    model, tokens = small(start_embedding, std=0.2), images(3)
-    logits, loss = model(tokens)
-    predicted = TOKENS if start_embedding else TOKENS - 1
+@kinds
+def test_what_is_predicted_and_that_the_loss_is_its_mean(kind):
+    model, tokens = small(kind, std=0.2), images(3)
+    logits, loss = model.logits(tokens), model(tokens)
+    predicted = TOKENS - (kind == 'ancestor')
     assert logits.shape == (3, predicted, 4096)
     by_hand = -logits.log_softmax(-1).gather(-1, tokens[:, -predicted:, None]).mean()
     assert torch.allclose(loss, by_hand, atol=1e-5)
 
 
-@both
-def test_no_pixel_sees_itself_or_the_future(start_embedding):
-    model, tokens = small(start_embedding, std=0.2), images(1)
-    before = model(tokens)[0]
+@kinds
+def test_no_pixel_sees_itself_or_the_future(kind):
+    model, tokens = small(kind, std=0.2), images(1)
+    before = model.logits(tokens)
     predicted = before.size(1)
     first = TOKENS - predicted  # the pixel that logits[:, 0] belong to
     for pixel in (0, 1, SIDE - 1, SIDE, TOKENS // 2, TOKENS - 2):
         changed = tokens.clone()
         changed[0, pixel] = (changed[0, pixel] + 1234) % 4096
-        difference = (model(changed)[0] - before).abs().amax((0, 2))
+        difference = (model.logits(changed) - before).abs().amax((0, 2))
         assert (difference[:max(pixel + 1 - first, 0)] == 0).all()  # pixels up to this one: to the last bit
         assert (difference[pixel + 1 - first:] > 0).all()  # and every later one does see it
 
 
-@both
-def test_only_earlier_pixels_have_a_gradient(start_embedding):
-    model, tokens = small(start_embedding, std=0.2), images(1)
-    x = model.embed(tokens[:, :-1]).detach().requires_grad_()
-    position = TOKENS // 2
-    model.lm_head(model.trunk(x))[0, position].logsumexp(0).backward()
-    reach = x.grad[0].abs().sum(-1)
-    assert (reach[:position + 1] > 0).all() and (reach[position + 1:] == 0).all()
+@kinds
+def test_the_chunked_loss_has_the_gradients_of_the_usual_one(kind):
+    model, tokens = small(kind, std=0.2), images(4)  # 576 rows: a chunk and a part of one
+    gradients = []
+    for loss in (2 * model(tokens), 2 * F.cross_entropy(model.logits(tokens).flatten(0, 1), tokens[:, -model.logits(tokens).size(1):].flatten())):
+        model.zero_grad()
+        loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-5, rtol=1e-4), name
+
+
+def test_neighbours_end_where_the_image_ends():
+    model = small('full')
+    picture = torch.arange(TOKENS).view(1, SIDE, SIDE)
+    around = model.around(picture.flatten(1)).view(SIDE, SIDE, len(NEIGHBOURS))
+    for y in range(SIDE):
+        for x in range(SIDE):
+            for (dy, dx), token in zip(NEIGHBOURS, around[y, x]):
+                inside = 0 <= y + dy < SIDE and 0 <= x + dx < SIDE  # no wrap-around from one row to the next
+                assert token == (picture[0, y + dy, x + dx] if inside else 4096)
+    assert len(set(NEIGHBOURS)) == 24 and all((dy, dx) < (0, 0) for dy, dx in NEIGHBOURS)  # none of them is the pixel itself or comes later
+    assert NEIGHBOURS[:4] == [(0, -1), (-1, 0), (-1, -1), (-1, 1)]
+
+
+@pytest.mark.parametrize('attention, seen', [('full', lambda y, x, v, u: True), ('local', lambda y, x, v, u: y // 2 == v // 2), ('column', lambda y, x, v, u: x == u)])
+def test_what_a_layer_attends_to(attention, seen):
+    # values of a single layer reach the positions they should: that of pixel (y, x), which reads the pixel before it, those of (v, u)
+    model = small(attention=attention, n_layer=1, std=0.2)
+    x = torch.randn(1, TOKENS, 32, requires_grad=True)
+    for position in (0, SIDE - 1, SIDE + 3, TOKENS - 1):
+        x.grad = None
+        model.transformer.h[0].attn(x)[0, position].sum().backward()
+        reached = x.grad[0].abs().sum(-1) > 0
+        assert reached.tolist() == [i <= position and seen(*divmod(position, SIDE), *divmod(i, SIDE)) for i in range(TOKENS)]
 
 
 def test_the_first_pixel_is_learnt_from_the_start_embedding():
@@ -96,10 +127,10 @@ def test_the_first_pixel_is_learnt_from_the_start_embedding():
     tokens[:, 0] = torch.tensor([0xFEC, 0xFEC, 0xFEC, 0x123])
     optimizer = model.configure_optimizer(0.0, 3e-3, (0.9, 0.95))
     for _ in range(200):
-        model(tokens)[1].backward()
+        model(tokens).backward()
         optimizer.step()
         optimizer.zero_grad()
-    first = model(tokens)[0][0, 0].softmax(0).detach()
+    first = model.logits(tokens)[0, 0].softmax(0).detach()
     assert first[0xFEC] == pytest.approx(0.75, abs=0.1) and first[0x123] == pytest.approx(0.25, abs=0.1)
 
 
@@ -154,7 +185,7 @@ def test_without_start_embedding_it_is_the_ancestor(tmp_path, bias, prefix):
     assert not model.config.start_embedding and model.config.tokens_per_image == TOKENS
     tokens = images(2)
     expected = nanogpt_logits(checkpoint['model'], tokens[:, :-1], n_head=2)
-    assert torch.allclose(model(tokens)[0], expected, atol=1e-4)
+    assert torch.allclose(model.logits(tokens), expected, atol=1e-4)
     assert set(model.state_dict()) == {name.removeprefix(prefix) for name in saved['model']}
 
 
@@ -179,12 +210,12 @@ OPTIONS = {'greedy': dict(temperature=0), 'plain': {}, 'cold': dict(temperature=
            'all': dict(temperature=1.3, top_k=500, top_p=0.9)}
 
 
-@both
+@kinds
 @pytest.mark.parametrize('batch', [1, 8])
 @pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS)
-def test_the_cache_changes_no_token(start_embedding, batch, options):
-    model = small(start_embedding, std=0.2)
-    for pixels in (0 if start_embedding else 1, 5 * SIDE):  # from nothing (or one pixel), and from five rows of different pictures
+def test_the_cache_changes_no_token(kind, batch, options):
+    model = small(kind, std=0.2)
+    for pixels in (int(kind == 'ancestor'), 5 * SIDE):  # from nothing (or one pixel), and from five rows of different pictures
         prompt = images(batch)[:, :pixels]
         cached, plain = (model.generate(prompt, use_cache=use_cache, generator=torch.Generator().manual_seed(3), **options) for use_cache in (True, False))
         assert cached.shape == (batch, TOKENS) and (cached == plain).all()
@@ -192,27 +223,26 @@ def test_the_cache_changes_no_token(start_embedding, batch, options):
         assert len(cached[:, pixels:].unique()) > 5  # it is not one colour for ever
 
 
-@both
-def test_cached_logits_are_those_of_whole_images(start_embedding):
-    model, tokens = small(start_embedding, std=0.2, bias=True), images(3)
-    whole = model(tokens)[0][:, -TOKENS + 20:]  # of the pixels from the 20th on
+@kinds
+def test_cached_logits_are_those_of_whole_images(kind):
+    model, tokens = small(kind, std=0.2), images(3)
+    whole = model.logits(tokens)[:, -TOKENS + 20:]  # of the pixels from the 20th on
     with torch.no_grad():
         decoder = Decoder(model, 3)
         steps = [decoder.prefill(tokens[:, :20])]  # a prompt at once, then pixel by pixel
         for i in range(20, TOKENS - 1):
-            pos = decoder.position(i)
-            steps.append(decoder.decode_one_token(tokens[:, i], slice(pos, pos + 1), pos + 1))
+            steps.append(decoder.decode_one_token(tokens[:, i], i + 1))
     assert (torch.stack(steps, dim=1) - whole).abs().max() < 1e-4
 
 
-@both
+@kinds
 @pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS)
-def test_the_steps_of_a_graph_paint_the_same(start_embedding, options):
+def test_the_steps_of_a_graph_paint_the_same(kind, options):
     # all of paint_on_cuda but the capture: positions that are tensors, and masks
-    model = small(start_embedding, std=0.2)
+    model = small(kind, std=0.2)
     draw = lambda logits, noise: choose(logits_to_probs(logits, **options), noise)
     seeds = torch.tensor([4, 5])
-    for first in (int(not start_embedding), 1, 50):
+    for first in (int(kind == 'ancestor'), 1, 50):
         painted = []
         for paint in (paint_cached, paint_on_cuda, lambda *args: paint_on_cuda(*args, stretch=30)):
             image = images(2)
@@ -224,9 +254,9 @@ def test_the_steps_of_a_graph_paint_the_same(start_embedding, options):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
-@both
-def test_graphs_paint_what_the_plain_loop_paints(start_embedding):
-    model, prompt = small(start_embedding, std=0.2).cuda(), images(3)[:, :SIDE]
+@kinds
+def test_graphs_paint_what_the_plain_loop_paints(kind):
+    model, prompt = small(kind, std=0.2).cuda(), images(3)[:, :SIDE]
     cached, plain = (model.generate(prompt, use_cache=use_cache, generator=torch.Generator().manual_seed(3)) for use_cache in (True, False))
     assert cached.equal(plain)
 
@@ -242,7 +272,7 @@ def test_greedy_takes_the_likeliest_colour_whatever_the_noise():
     model, prompt = small(std=0.2), images(2)[:, :SIDE]
     one, two = (model.generate(prompt, temperature=0, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
     assert (one == two).all()
-    assert (model(one)[0].argmax(-1)[:, SIDE:] == one[:, SIDE:]).all()
+    assert (model.logits(one).argmax(-1)[:, SIDE:] == one[:, SIDE:]).all()
 
 
 def test_part_of_an_image_and_what_does_not_fit():
@@ -255,9 +285,13 @@ def test_part_of_an_image_and_what_does_not_fit():
     with pytest.raises(ValueError, match='do not fit'):
         model.generate(prompt, TOKENS)
     with pytest.raises(ValueError, match='cannot draw the first pixel'):
-        small(start_embedding=False).generate(torch.zeros(1, 0))
+        small('ancestor').generate(torch.zeros(1, 0))
     with pytest.raises(ValueError, match='make it a multiple'):
         GPT(GPTConfig(n_embd=30, n_head=4))
+    for args, message in ((dict(attention='locl'), 'name the layers'), (dict(neighbours=25), 'from 0 to 24'), (dict(neighbours=3, start_embedding=False), 'need start_embedding'),
+                          (dict(attention='local', block_size=65 * 65, width=65), 'odd number'), (dict(row_column_positions=True, block_size=100), 'whole rows')):
+        with pytest.raises(ValueError, match=message):
+            GPT(GPTConfig(**args))
 
 
 def test_top_k_and_top_p_keep_the_likeliest():

@@ -90,7 +90,7 @@ def test_what_a_run_leaves(trained, data):
         assert float(r['bits_per_pixel']) == pytest.approx(float(r['val_loss'] or r['train_loss']) / math.log(2), abs=1e-4)
     assert [float(r['seconds']) for r in rows] == sorted(float(r['seconds']) for r in rows)
     checkpoint = load(trained / 'ckpt20.pt')
-    assert checkpoint.keys() == {'model', 'optimizer', 'scaler', 'model_args', 'iter_num', 'best_val_loss', 'config', 'height', 'width', 'run'}
+    assert checkpoint.keys() == {'model', 'optimizer', 'scaler', 'model_args', 'iter_num', 'best_val_loss', 'config', 'height', 'width', 'run', 'muon'}
     assert checkpoint['iter_num'] == 20 and checkpoint['height'] == checkpoint['width'] == 16
     assert not any('_orig_mod' in name or name.startswith('module.') for name in checkpoint['model'])
 
