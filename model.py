@@ -247,10 +247,12 @@ class GPT(nn.Module):
         self.transformer.wte.weight = self.lm_head.weight  # tied: a colour has one vector, read and written
         if c.relative_colours:  # a score for each difference -15 .. 15, of 3 channels, to the left and upper pixel
             self.rel_head = nn.Linear(c.n_embd, 2 * 3 * (2 * LEVELS - 1))
-        token = torch.arange(c.vocab_size)
-        levels = torch.stack((token // LEVELS ** 2, token // LEVELS % LEVELS, token % LEVELS), dim=1)  # (V, 3)
-        self.register_buffer('levels', F.pad(levels, (0, 0, 0, 1)), persistent=False)  # (V + 1, 3), black for what is outside
-        self.register_buffer('one_hot', F.one_hot(levels.clamp(max=LEVELS - 1), LEVELS).flatten(1).float(), persistent=False)  # (V, 48)
+        token, level = torch.arange(c.vocab_size), torch.arange(LEVELS)
+        levels = torch.stack((token // LEVELS ** 2 % LEVELS, token // LEVELS % LEVELS, token % LEVELS), dim=1)  # (V, 3)
+        self.register_buffer('one_hot', F.one_hot(levels, LEVELS).flatten(1).float(), persistent=False)  # (V, 48)
+        # which of the 93 scores a level has beside a colour (V + 1, 48); where the image ends all have the same, which changes nothing
+        differences = F.pad(level - levels[:, :, None] + LEVELS - 1, (0, 0, 0, 0, 0, 1))  # (V + 1, 3, 16)
+        self.register_buffer('differences', (differences + torch.arange(3)[:, None] * (2 * LEVELS - 1)).flatten(1), persistent=False)
 
         # GPT-2's initialisation: layers that add to the residual stream start smaller, the more of them there are
         for name, p in self.named_parameters():
@@ -284,18 +286,9 @@ class GPT(nn.Module):
         height, width = canvas.size(1) - 3, self.config.width
         return torch.stack([canvas[:, 3 + y:3 + y + height, 3 + x:3 + x + width] for y, x in NEIGHBOURS], dim=-1).flatten(1, 2)
 
-    def embed_around(self, around, colours):
-        """Colours of neighbours (..., 24), V for none -> what the stem makes of the first K of them, (..., C)."""
-        table = torch.cat((colours, torch.zeros_like(colours[:1])))
-        return self.transformer.stem(F.embedding(around[..., :self.config.neighbours], table).flatten(-2))
-
-    def relative_scores(self, x, around):
-        """(..., C) and colours of neighbours (..., 24) -> a score for each red, green and blue level, (..., 48)."""
-        touching = around[..., :2]  # left and above
-        scores = self.rel_head(x).view(*x.shape[:-1], 2, 3, 2 * LEVELS - 1)
-        differences = torch.arange(LEVELS, device=x.device) - self.levels[touching][..., None]  # (..., 2, 3, 16)
-        scores = scores.gather(-1, differences + LEVELS - 1) * (touching < self.config.vocab_size)[..., None, None]
-        return scores.sum(-3).flatten(-2)
+    def relative_scores(self, scores, around):
+        """What rel_head gives (..., 186) and neighbours (..., 24) -> a score for each red, green and blue level, (..., 48)."""
+        return scores.unflatten(-1, (2, -1)).gather(-1, self.differences[around[..., :2]]).sum(-2)  # the left and the upper one
 
     def features(self, tokens, kv=None):
         """Pixels from the first one on, (B, T) -> what the head reads, (B, P, C'), and its weights, (V, C').
@@ -304,8 +297,8 @@ class GPT(nn.Module):
         without. kv as in CausalSelfAttention.
         """
         c, h, T = self.config, self.transformer, tokens.size(1)
-        if c.row_column_positions or c.neighbours or c.relative_colours or c.attention != 'full':
-            tokens = F.pad(tokens, (0, -T % min(2 * c.width, c.block_size)))  # whole bands of two rows; they come after everything else
+        if c.row_column_positions or c.neighbours or c.relative_colours or c.attention != 'full':  # whole rows, or bands of two:
+            tokens = F.pad(tokens, (0, -T % (c.width * (1 + ('local' in c.attention)))))  # what is added comes after everything else
         colours = self.colours()
         x = F.embedding(tokens[:, :-1], colours)
         if c.start_embedding:
@@ -314,13 +307,13 @@ class GPT(nn.Module):
         if c.neighbours or c.relative_colours:
             around = self.around(tokens)
         if c.neighbours:
-            x = x + self.embed_around(around, colours)
+            x = x + h.stem(F.embedding(around[..., :c.neighbours], F.pad(colours, (0, 0, 0, 1))).flatten(2))  # zeros where there is none
         x = h.drop(x)
         for block in h.h:
             x = block(x, kv)
         x = h.ln_f(x)
         if c.relative_colours:  # one product for both kinds of logits
-            x, colours = torch.cat((x, self.relative_scores(x, around)), dim=-1), torch.cat((colours, self.one_hot), dim=1)
+            x, colours = torch.cat((x, self.relative_scores(self.rel_head(x), around)), dim=-1), torch.cat((colours, self.one_hot), dim=1)
         return x[:, :T - 1 + c.start_embedding], colours
 
     def logits(self, tokens):
@@ -454,9 +447,9 @@ class Decoder:
         queries = torch.ones_like(weight[0]).repeat(3)
         queries[:c.n_embd] = hs ** -0.5  # the scaling of the scores
         self.model, self.n_head, self.width, self.height = model, c.n_head, c.width, c.block_size // c.width
-        self.colours, self.positions, self.ln_f = model.colours(), model.positions(), norm(h.ln_f)
-        self.head = torch.cat((self.colours, model.one_hot), dim=1) if c.relative_colours else self.colours
-        self.head = self.head.t().contiguous()
+        colours = model.colours()
+        self.colours, self.positions, self.ln_f = F.pad(colours, (0, 0, 0, 1)), model.positions(), norm(h.ln_f)
+        self.head = (torch.cat((colours, model.one_hot), dim=1) if c.relative_colours else colours).t().contiguous()
         self.blocks = [(b.attn.kind, norm(b.ln_1), linear(b.attn.c_attn, queries), linear(b.attn.c_proj),
                         norm(b.ln_2), linear(b.mlp.c_fc), linear(b.mlp.c_proj)) for b in h.h]
         self.lengths = {'full': c.block_size, 'local': 2 * c.width, 'column': self.height}  # most positions that see each other
@@ -464,13 +457,15 @@ class Decoder:
         # keys with one dimension a row: the scores of all positions are then read in one go
         self.keys = [weight.new_zeros(B * c.n_head, hs, n) for n in slots]
         self.values = [weight.new_zeros(B * c.n_head, n, hs) for n in slots]
-        if c.neighbours or c.relative_colours:
-            # pixels so far with an edge around them: the same places as in GPT.around, found by looking up numbered pixels there
+        if c.neighbours:
+            self.stem = linear(h.stem.c_fc), linear(h.stem.c_proj)
+        if c.relative_colours:
+            self.rel_head = linear(model.rel_head)
+        if c.neighbours or c.relative_colours:  # the pixels so far with an edge around them, as in GPT.around
             stride = c.width + 6
             self.canvas = torch.full((B, (self.height + 3) * stride), c.vocab_size, device=weight.device)
-            place = torch.arange(len(self.canvas[0]), device=weight.device).view(-1, stride)[3:, 3:-3].flatten()
-            self.place = place[:, None]  # (N, 1)
-            self.neighbours = place[:, None] + torch.tensor([y * stride + x for y, x in NEIGHBOURS], device=weight.device)  # (N, 24)
+            self.place = torch.arange(self.canvas.size(1), device=weight.device).view(-1, stride)[3:, 3:-3].flatten()  # (N,)
+            self.neighbours = self.place[:, None] + torch.tensor([y * stride + x for y, x in NEIGHBOURS], device=weight.device)  # (N, 24)
 
     def prefill(self, tokens):
         """Prompts (B, T) -> logits of the pixel after them, (B, V); keys and values of all of it are kept."""
@@ -486,7 +481,7 @@ class Decoder:
             keys.unflatten(2, (lanes, -1))[..., :length] = k.permute(0, 1, 4, 2, 3).flatten(0, 1)
             values.unflatten(1, (lanes, -1))[:, :, :length] = v.flatten(0, 1)
         if hasattr(self, 'canvas'):
-            self.canvas[:, self.place[:T, 0]] = tokens
+            self.canvas[:, self.place[:T]] = tokens
         return x[:, -1] @ weight.t()
 
     def where(self, kind, position, length):
@@ -514,10 +509,11 @@ class Decoder:
         where = {kind: self.where(kind, position, length) for kind in {block[0] for block in self.blocks}}
         x = torch.embedding(self.colours, tokens) + self.positions[at(position)]  # (B, C)
         if c.neighbours or c.relative_colours:
-            self.canvas.index_copy_(1, self.place[at(pixel - 1)][0], tokens[:, None])
-            around = self.canvas.index_select(1, self.neighbours[at(pixel)][0])  # (B, 24)
+            self.canvas.index_copy_(1, self.place[at(pixel - 1)], tokens[:, None])
+            around = self.canvas.index_select(1, self.neighbours[at(pixel)].view(-1))  # (B, 24)
         if c.neighbours:
-            x = x + self.model.embed_around(around, self.colours)
+            c_fc, c_proj = self.stem
+            x = x + c_proj(F.gelu(c_fc(torch.embedding(self.colours, around[:, :c.neighbours]).view(B, -1))))
         for (kind, ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), keys, values in zip(self.blocks, self.keys, self.values):
             slot, seen, mask = where[kind]
             q, k, v = c_attn(ln_1(x)).view(B, 3, nh, -1).unbind(1)  # each (B, nh, hs)
@@ -531,7 +527,7 @@ class Decoder:
             x = x + mlp_proj(F.gelu(c_fc(ln_2(x))))
         x = self.ln_f(x)
         if c.relative_colours:
-            x = torch.cat((x, self.model.relative_scores(x, around)), dim=-1)
+            x = torch.cat((x, self.model.relative_scores(self.rel_head(x), around)), dim=-1)
         return torch.mm(x, self.head)
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import extras
 import prepare
-from model import NEIGHBOURS, Decoder, GPT, GPTConfig, choose, exponential_noise, logits_to_probs, paint_cached, paint_on_cuda
+from model import NEIGHBOURS, Decoder, GPT, GPTConfig, choose, exponential_noise, logits_to_probs, orthogonalise, paint_cached, paint_on_cuda
 
 SIDE = 12
 TOKENS = SIDE * SIDE
@@ -49,16 +49,34 @@ def test_loss_before_training_is_that_of_a_guess(kind):
         assert abs(loss.item() - math.log(4096)) < 0.1
 
 
-@kinds
+@pytest.mark.parametrize('kind', ['plain', 'ancestor', 'local column'])
 def test_a_single_batch_can_be_learnt_by_heart(kind):
     model, tokens = small(kind).train(), images(4)
-    optimizer = model.configure_optimizer(0.0, 3e-3, (0.9, 0.95))
+    (optimizer,) = model.configure_optimizers(0.0, 3e-3, (0.9, 0.95))
     for _ in range(200):
         loss = model(tokens)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     assert loss.item() < 0.5
+
+
+def test_muon_makes_orthogonal_what_adamw_leaves_to_it():
+    for shape in ((96, 32), (32, 128), (32, 32)):
+        singular = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
+        assert singular.min() > 0.3 and singular.max() < 1.3  # a random square matrix has singular values near 0
+    model, tokens = small('local column').train(), images(4)
+    optimizers = model.configure_optimizers(0.0, 3e-3, (0.9, 0.95), muon_lr=0.02)
+    held = [{id(p) for group in optimizer.param_groups for p in group['params']} for optimizer in optimizers]
+    assert not held[0] & held[1] and held[0] | held[1] == {id(p) for p in model.parameters()}
+    assert id(model.transformer.wte.weight) in held[0] and id(model.transformer.h[0].mlp.c_fc.weight) in held[1]
+    for _ in range(100):
+        loss = model(tokens)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert loss.item() < 0.5  # by heart in half the steps
 
 
 @kinds
@@ -82,7 +100,8 @@ def test_no_pixel_sees_itself_or_the_future(kind):
         changed[0, pixel] = (changed[0, pixel] + 1234) % 4096
         difference = (model.logits(changed) - before).abs().amax((0, 2))
         assert (difference[:max(pixel + 1 - first, 0)] == 0).all()  # pixels up to this one: to the last bit
-        assert (difference[pixel + 1 - first:] > 0).all()  # and every later one does see it
+        sees_all = 'full' in model.config.attention  # then every later one does see it, and else the next one
+        assert (difference[pixel + 1 - first:] > 0).all() if sees_all else difference[pixel + 1 - first] > 0
 
 
 @kinds
@@ -125,7 +144,7 @@ def test_what_a_layer_attends_to(attention, seen):
 def test_the_first_pixel_is_learnt_from_the_start_embedding():
     model, tokens = small().train(), images(1).repeat(4, 1)
     tokens[:, 0] = torch.tensor([0xFEC, 0xFEC, 0xFEC, 0x123])
-    optimizer = model.configure_optimizer(0.0, 3e-3, (0.9, 0.95))
+    (optimizer,) = model.configure_optimizers(0.0, 3e-3, (0.9, 0.95))
     for _ in range(200):
         model(tokens).backward()
         optimizer.step()
@@ -210,10 +229,7 @@ OPTIONS = {'greedy': dict(temperature=0), 'plain': {}, 'cold': dict(temperature=
            'all': dict(temperature=1.3, top_k=500, top_p=0.9)}
 
 
-@kinds
-@pytest.mark.parametrize('batch', [1, 8])
-@pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS)
-def test_the_cache_changes_no_token(kind, batch, options):
+def paints_as_the_plain_loop_does(kind, batch, options):
     model = small(kind, std=0.2)
     for pixels in (int(kind == 'ancestor'), 5 * SIDE):  # from nothing (or one pixel), and from five rows of different pictures
         prompt = images(batch)[:, :pixels]
@@ -221,6 +237,17 @@ def test_the_cache_changes_no_token(kind, batch, options):
         assert cached.shape == (batch, TOKENS) and (cached == plain).all()
         assert (cached[:, :pixels] == prompt).all()
         assert len(cached[:, pixels:].unique()) > 5  # it is not one colour for ever
+
+
+@kinds
+def test_the_cache_changes_no_token(kind):
+    paints_as_the_plain_loop_does(kind, 3, {})
+
+
+@pytest.mark.parametrize('batch', [1, 8])
+@pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS)
+def test_the_cache_changes_no_token_with_any_option(batch, options):
+    paints_as_the_plain_loop_does('plain', batch, options)
 
 
 @kinds
@@ -236,11 +263,10 @@ def test_cached_logits_are_those_of_whole_images(kind):
 
 
 @kinds
-@pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS)
-def test_the_steps_of_a_graph_paint_the_same(kind, options):
+def test_the_steps_of_a_graph_paint_the_same(kind):
     # all of paint_on_cuda but the capture: positions that are tensors, and masks
     model = small(kind, std=0.2)
-    draw = lambda logits, noise: choose(logits_to_probs(logits, **options), noise)
+    draw = lambda logits, noise: choose(logits_to_probs(logits, top_p=0.95), noise)
     seeds = torch.tensor([4, 5])
     for first in (int(kind == 'ancestor'), 1, 50):
         painted = []

@@ -14,7 +14,7 @@ from PIL import Image
 
 import extras
 import train
-from conftest import ENV, ROOT, TINY, call, command
+from conftest import ENV, FLAT, ROOT, TINY, call, command
 
 
 def run(data, out, *args, code=0):
@@ -99,13 +99,16 @@ def test_validation_counts_every_pixel_of_every_image(trained, data):
     model = extras.build_model(extras.load_checkpoint(str(trained / 'ckpt20.pt')), '', 'cpu')
     val = extras.load_tokens(str(data), 'val', extras.load_meta(str(data)))
     with torch.no_grad():
-        losses = [model(torch.from_numpy(row[None].astype(np.int64)))[1].item() for row in val]
+        losses = [model(torch.from_numpy(row[None].astype(np.int64))).item() for row in val]
     assert len(losses) == 8 and float(log(trained)[-1]['val_loss']) == pytest.approx(np.mean(losses), abs=1e-4)
 
 
 def test_it_learns(data, tmp_path):
     run(data, tmp_path, '--max_iters=60', '--log_interval=10')
-    assert float(log(tmp_path)[-1]['bits_per_pixel']) < 9.5 < 11 < float(log(tmp_path)[0]['bits_per_pixel'])
+    plain = float(log(tmp_path)[-1]['bits_per_pixel'])
+    assert plain < 9.5 < 11 < float(log(tmp_path)[0]['bits_per_pixel'])
+    run(data, tmp_path / 'flat', *FLAT, '--max_iters=60')
+    assert float(log(tmp_path / 'flat')[-1]['bits_per_pixel']) < plain - 1
 
 
 def test_a_config_file_and_the_command_line_over_it(data, tmp_path):
@@ -153,9 +156,10 @@ def kill_when(process, condition):
     process.wait()
 
 
-def test_resuming_after_kill_9_is_exact(data, tmp_path):
+@pytest.mark.parametrize('model', [[], FLAT], ids=['plain', 'flat'])
+def test_resuming_after_kill_9_is_exact(data, tmp_path, model):
     # with dropout, so that the random numbers count as well
-    args = [*TINY, f'--data_dir={data}', '--dropout=0.1', '--max_iters=20', '--eval_interval=10']
+    args = [*TINY, *model, f'--data_dir={data}', '--dropout=0.1', '--max_iters=20', '--eval_interval=10']
     call('train.py', *args, f'--out_dir={tmp_path}/whole')
     process = subprocess.Popen(command('train.py', *args, f'--out_dir={tmp_path}/killed'), env=ENV, stdout=subprocess.PIPE, text=True)
     kill_when(process, (tmp_path / 'killed' / 'ckpt10.pt').exists)
@@ -163,7 +167,7 @@ def test_resuming_after_kill_9_is_exact(data, tmp_path):
     out = call('train.py', *args, f'--out_dir={tmp_path}/killed', '--init_from=resume')
     assert 'ckpt10.pt, iteration 10' in out
     whole, killed = load(tmp_path / 'whole' / 'ckpt20.pt'), load(tmp_path / 'killed' / 'ckpt20.pt')
-    for part in ('model', 'optimizer', 'scaler', 'best_val_loss', 'iter_num'):
+    for part in ('model', 'optimizer', 'muon', 'scaler', 'best_val_loss', 'iter_num'):
         assert same(whole[part], killed[part]), part
     strip = lambda out: [{k: v for k, v in row.items() if k != 'seconds'} for row in log(out)]
     assert strip(tmp_path / 'whole') == strip(tmp_path / 'killed')
@@ -213,8 +217,9 @@ def test_gradient_accumulation_changes_nothing_but_memory(data, tmp_path):
     assert close(load(tmp_path / 'whole' / 'ckpt6.pt')['model'], load(tmp_path / 'pieces' / 'ckpt6.pt')['model'])
 
 
-def test_two_ranks_are_one_process_with_the_same_batch(data, tmp_path):
-    args = [*TINY, f'--data_dir={data}', '--max_iters=6', '--log_interval=2']
+@pytest.mark.parametrize('model', [[], FLAT], ids=['plain', 'flat'])
+def test_two_ranks_are_one_process_with_the_same_batch(data, tmp_path, model):
+    args = [*TINY, *model, f'--data_dir={data}', '--max_iters=6', '--log_interval=2']
     call('train.py', *args, f'--out_dir={tmp_path}/one')
     done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(ROOT / 'train.py'), *args,
                            f'--out_dir={tmp_path}/two', '--gradient_accumulation_steps=2'], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
@@ -239,12 +244,12 @@ def test_without_start_embedding_it_trains_and_paints(data, tmp_path):
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_precisions_a_cpu_knows(data, tmp_path, dtype):
-    run(data, tmp_path, '--max_iters=3', f'--dtype={dtype}')
+    run(data, tmp_path, *FLAT, '--max_iters=3', f'--dtype={dtype}')
     assert all(t.dtype == torch.float32 for t in load(tmp_path / 'ckpt3.pt')['model'].values())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')
-@pytest.mark.parametrize('args', [['--dtype=bfloat16'], ['--dtype=float16', '--compile=False'], ['--dtype=float32', '--compile=False']])
+@pytest.mark.parametrize('args', [['--dtype=bfloat16'], [*FLAT, '--dtype=bfloat16'], ['--dtype=float16', '--compile=False'], ['--dtype=float32', '--compile=False']])
 def test_on_a_gpu(data, tmp_path, args):
     call('train.py', *(a for a in TINY if 'device' not in a), f'--data_dir={data}', f'--out_dir={tmp_path}', '--device=cuda', '--max_iters=60', *args)
     assert float(log(tmp_path)[-1]['bits_per_pixel']) < 9.5
