@@ -62,9 +62,9 @@ def test_a_single_batch_can_be_learnt_by_heart(kind):
 
 
 def test_muon_makes_orthogonal_what_adamw_leaves_to_it():
-    for shape in ((96, 32), (32, 128), (32, 32)):
+    for shape in ((96, 32), (32, 128)):
         singular = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
-        assert singular.min() > 0.3 and singular.max() < 1.3  # a random square matrix has singular values near 0
+        assert singular.min() > 0.6 and singular.max() < 1.3
     model, tokens = small('local column').train(), images(4)
     optimizers = model.configure_optimizers(0.0, 3e-3, (0.9, 0.95), muon_lr=0.02)
     held = [{id(p) for group in optimizer.param_groups for p in group['params']} for optimizer in optimizers]

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 import extras
-from conftest import SHARED, call
+from conftest import ROOT, SHARED, call
 from test_model import nanogpt_checkpoint
 
 
@@ -101,3 +101,12 @@ def test_the_ancestors_checkpoint_paints_without_a_data_folder(tmp_path):
     torch.save(nanogpt_checkpoint(side=64, n_layer=1), tmp_path / 'ckpt64.pt')
     call('sample.py', '--ckpt', tmp_path / 'ckpt64.pt', '--num_samples', 1, '--out', tmp_path / 'b.png', '--first_pixel', '8AF')
     assert tokens(tmp_path / 'b.png').shape == (64, 64) and tokens(tmp_path / 'b.png')[0, 0] == 0x8AF
+
+
+def test_the_shipped_checkpoint_paints(tmp_path):
+    path = ROOT / 'out' / 'ckpt6000.pt'
+    assert path.stat().st_size < 8_000_000
+    checkpoint = extras.load_checkpoint(str(path))
+    assert sum(p.numel() for p in extras.build_model(checkpoint, str(path), 'cpu').parameters()) < 2_000_000
+    call('sample.py', '--ckpt', path, '--num_samples', 1, '--out', tmp_path / 'a.png', '--first_pixel', '8AF')
+    assert len(np.unique(tokens(tmp_path / 'a.png'))) > 20 and tokens(tmp_path / 'a.png')[0, 0] == 0x8AF
