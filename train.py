@@ -388,6 +388,7 @@ def main(argv=None):
 
     say(f'done: best validation {best_val_loss / math.log(2):.3f} bits/pixel at iteration {best_iter}. Paint with  python sample.py --ckpt {config.out_dir}/ckpt{best_iter}.pt')
     if world_size > 1:
+        dist.barrier()  # nobody leaves while another still evaluates
         dist.destroy_process_group()
 
 
