@@ -257,7 +257,7 @@ def main(argv=None):
         raw_model.load_state_dict(checkpoint['model'])
         states = [checkpoint[name] for name in ('optimizer', 'muon') if checkpoint.get(name)]
         if len(states) != len(optimizers):
-            raise UserError(f'{path} was trained {"with" if len(states) > 1 else "without"} Muon, and this run is not: set --muon_lr as it was')
+            raise UserError(f"{path} was trained {'with' if len(states) > 1 else 'without'} Muon: resume with --muon_lr={'more than 0' if len(states) > 1 else '0'}")
         for optimizer, state in zip(optimizers, states):  # the moments from the checkpoint, but the weight decay and betas of this run's config
             optimizer.load_state_dict({**state, 'param_groups': optimizer.state_dict()['param_groups']})
         if checkpoint['scaler']:  # empty, unless it was float16
@@ -344,7 +344,8 @@ def main(argv=None):
                 log(learning_rate=f'{get_lr(iteration - 1, config):.4g}', val_loss=round(val_loss, 5), bits_per_pixel=round(val_loss / math.log(2), 5))
                 path = os.path.join(config.out_dir, f'ckpt{iteration}.pt')
                 extras.save_checkpoint(dict(
-                    model=raw_model.state_dict(), optimizer=optimizers[0].state_dict(), muon=optimizers[-1].state_dict() if config.muon_lr else None, scaler=scaler.state_dict(), model_args=model_args,
+                    model=raw_model.state_dict(), optimizer=optimizers[0].state_dict(),
+                    muon=optimizers[1].state_dict() if config.muon_lr else None, scaler=scaler.state_dict(), model_args=model_args,
                     iter_num=iteration, best_val_loss=best_val_loss, config=asdict(config), height=meta['height'], width=meta['width'],
                     run=dict(seconds=seconds, best_iter=best_iter, saved=saved)), path)
                 # the oldest ones go, but never the best nor the last; what other runs have left here is not touched
@@ -389,6 +390,7 @@ def main(argv=None):
     say(f'done: best validation {best_val_loss / math.log(2):.3f} bits/pixel at iteration {best_iter}. Paint with  python sample.py --ckpt {config.out_dir}/ckpt{best_iter}.pt')
     if world_size > 1:
         dist.barrier()  # nobody leaves while another still evaluates
+        del model, loss  # what they hold of the process group would be freed after it, which now and then never ends
         dist.destroy_process_group()
 
 

@@ -194,6 +194,14 @@ def test_resume_takes_the_checkpoint_written_last(data, tmp_path):
     assert 'ckpt2.pt, iteration 2' in run(data, tmp_path, '--max_iters=4', '--init_from=resume')
 
 
+def test_resuming_with_another_optimizer_is_a_mistake(data, tmp_path):
+    run(data, tmp_path, '--max_iters=2', '--muon_lr=0.02')
+    out = run(data, tmp_path, '--max_iters=3', '--init_from=resume', code=1)
+    assert 'was trained with Muon: resume with --muon_lr=more than 0' in out and 'Traceback' not in out
+    run(data, tmp_path / 'without', '--max_iters=2')
+    assert 'without Muon: resume with --muon_lr=0' in run(data, tmp_path / 'without', '--max_iters=3', '--init_from=resume', '--muon_lr=0.02', code=1)
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(data, tmp_path):
     run(data, tmp_path, '--max_iters=5')
     before = (tmp_path / 'ckpt5.pt').read_bytes()
