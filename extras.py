@@ -34,8 +34,8 @@ def run(main):
     except UserError as e:
         sys.exit(f'error: {e}')
     except (MemoryError, torch.OutOfMemoryError):
-        sys.exit('error: out of memory: use a smaller batch (train.py: more --gradient_accumulation_steps, a smaller --eval_batch_size; '
-                 'sample.py: a smaller --batch_size)')
+        sys.exit('error: out of memory: for train.py use more --gradient_accumulation_steps or a smaller --eval_batch_size; '
+                 'for sample.py free some, or use --device=cpu')
     except OSError as e:  # no such folder, no permission, disk full
         sys.exit(f'error: {e.strerror or e}' + (f': {e.filename}' if e.filename else ''))
     except KeyboardInterrupt:
