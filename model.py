@@ -15,15 +15,20 @@ Shapes: B images, T pixels, P positions, C = n_embd, nh = n_head, hs = C / nh, V
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
+from operator import eq
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 LEVELS = 16  # of a channel: a colour is red * 256 + green * 16 + blue
 # known pixels around the one to be predicted as (row, column) from it, the nearest first
 NEIGHBOURS = sorted(((row, column) for row in range(-3, 1) for column in range(-3, 4) if (row, column) < (0, 0)),
                     key=lambda at: (at[0] ** 2 + at[1] ** 2, -at[0], abs(at[1]), at[1]))
+AHEAD = 4  # pixels a pass of paint_ahead
+NOISE = 32  # pixels that the noise is made for in one go: 4,096 numbers each, which stay in the cache of a CPU
 
 
 @dataclass
@@ -64,6 +69,11 @@ class GPTConfig:
                 raise ValueError(f'{self.block_size} pixels are not whole rows of {self.width}, or an odd number of them under local attention')
 
 
+def recomputed(function, x):
+    """function(x), computed once more for the backward pass: of all that it makes on its way, nothing is kept until then."""
+    return checkpoint(function, x, use_reentrant=False) if torch.is_grad_enabled() else function(x)
+
+
 class LayerNorm(nn.Module):
     """nn.LayerNorm with an optional bias."""
 
@@ -92,20 +102,18 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         self.kind, self.width = kind, config.width
 
-    def forward(self, x, kv=None):
-        """(B, P, C) -> (B, P, C). kv: a list that receives the keys and values, each (B * lanes, nh, length, hs)."""
+    def forward(self, x, ln, kv=None):
+        """(B, P, C) -> (B, P, C); ln goes first, kept no longer than the MLP's hidden layer. kv: a list that receives queries, keys and values, (3, B * lanes, nh, length, hs)."""
         B, P, C = x.size()
         if self.kind == 'column':
             x = x.view(B, -1, self.width, C).transpose(1, 2)  # (B, width, height, C)
         length = {'full': P, 'local': 2 * self.width, 'column': P // self.width}[self.kind]
         # (3, B * lanes, nh, length, hs)
-        qkv = self.c_attn(x).reshape(-1, length, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv
+        qkv = recomputed(lambda x: self.c_attn(ln(x)), x).reshape(-1, length, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         if kv is not None:
-            kv.append((k, v))
+            kv.append(qkv)
         with torch.autocast(x.device.type, enabled=x.is_cuda):  # on a CPU its gradient is five times slower in bfloat16
-            if not x.is_cuda:
-                q, k, v = qkv.to(x.dtype)
+            q, k, v = qkv if x.is_cuda else qkv.to(x.dtype)
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
         y = self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # (B * lanes, length, C), the heads side by side
         if self.kind == 'column':
@@ -136,8 +144,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, kv=None):
-        x = x + self.attn(self.ln_1(x), kv)
-        x = x + self.mlp(self.ln_2(x))
+        x = x + self.attn(x, self.ln_1, kv)
+        x = x + recomputed(lambda x: self.mlp(self.ln_2(x)), x)
         return x
 
 
@@ -149,8 +157,17 @@ class Stem(nn.Module):
         self.c_fc = nn.Linear(config.neighbours * config.n_embd, 2 * config.n_embd)
         self.c_proj = nn.Linear(2 * config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x)))
+    def table(self, colours):
+        """(V + 1, C) -> ((V + 1) * K, 2C): what each colour adds to the hidden layer as each neighbour. There are fewer colours than pixels."""
+        weight = self.c_fc.weight.view(2 * colours.size(1), -1, colours.size(1))  # (2C, K, C)
+        return (colours @ weight.permute(2, 1, 0).flatten(1)).view(-1, len(weight))
+
+    def forward(self, around, colours):
+        """Neighbours (B, P, K) and the vectors of the colours -> (B, P, C)."""
+        K = around.size(2)
+        rows = around * K + torch.arange(K, device=around.device)
+        h = F.embedding_bag(rows.flatten(0, 1), self.table(colours).float(), mode='sum').view(*around.shape[:2], -1) + self.c_fc.bias
+        return self.c_proj(F.gelu(h))
 
 
 class HeadLoss(torch.autograd.Function):
@@ -186,7 +203,7 @@ class HeadLoss(torch.autograd.Function):
         return dx * grad, dweight * grad, None
 
 
-head_loss = torch.compiler.disable(HeadLoss.apply)  # its loop would be unrolled
+head_loss = HeadLoss.apply
 
 
 class Muon(torch.optim.Optimizer):
@@ -288,7 +305,7 @@ class GPT(nn.Module):
 
     def relative_scores(self, scores, around):
         """What rel_head gives (..., 186) and neighbours (..., 24) -> a score for each red, green and blue level, (..., 48)."""
-        return scores.unflatten(-1, (2, -1)).gather(-1, self.differences[around[..., :2]]).sum(-2)  # the left and the upper one
+        return scores.view(*scores.shape[:-1], 2, -1).gather(-1, torch.embedding(self.differences, around[..., :2])).sum(-2)  # the left and the upper one
 
     def features(self, tokens, kv=None):
         """Pixels from the first one on, (B, T) -> what the head reads, (B, P, C'), and its weights, (V, C').
@@ -307,7 +324,7 @@ class GPT(nn.Module):
         if c.neighbours or c.relative_colours:
             around = self.around(tokens)
         if c.neighbours:
-            x = x + h.stem(F.embedding(around[..., :c.neighbours], F.pad(colours, (0, 0, 0, 1))).flatten(2))  # zeros where there is none
+            x = x + h.stem(around[..., :c.neighbours], F.pad(colours, (0, 0, 0, 1)))  # zeros where there is none
         x = h.drop(x)
         for block in h.h:
             x = block(x, kv)
@@ -359,11 +376,11 @@ class GPT(nn.Module):
 
         seeds = torch.randint(2 ** 62, (B,), generator=generator, device=generator.device if generator else 'cpu').to(device)
         images = torch.cat((tokens, tokens.new_zeros(B, new)), dim=1)
-        draw = lambda logits, noise: choose(logits_to_probs(logits, temperature, top_k, top_p), noise)
+        draw = lambda logits, noise: choose(restrict(logits, temperature, top_k, top_p), noise)
         batch = min(B, images_at_once(config, self.lm_head.weight))
         with torch.inference_mode(), torch.autocast(device.type, enabled=False), cpu_settings(batch):
             for part, part_seeds in zip(images.split(batch), seeds.split(batch)) if new else ():  # views: what is drawn stands in images
-                paint = paint_plainly if not use_cache else paint_on_cuda if device.type == 'cuda' else paint_cached
+                paint = paint_plainly if not use_cache else paint_on_cuda if device.type == 'cuda' else paint_ahead if device.type == 'cpu' and len(part) == 1 else paint_cached
                 for pixels in paint(self, part, part_seeds, draw, T):
                     if progress:
                         progress(len(part) * pixels)
@@ -379,20 +396,48 @@ def paint_plainly(model, images, seeds, draw, first):
     for i in range(first, images.size(1)):
         x, weight = model.features(images[:, :i + 1])  # the pixel itself is not looked at
         logits = x[:, -1] @ weight.t()
-        images[:, i] = draw(logits, exponential_noise(seeds, i, 1, logits.size(-1))[0])
+        images[:, i] = draw(logits, gumbel_noise(seeds, i, 1, logits.size(-1))[0])
         yield 1
 
 
-def paint_cached(model, images, seeds, draw, first, ahead=16):
+def paint_cached(model, images, seeds, draw, first):
     """The prompt at once, then one pixel at a time."""
     decoder = Decoder(model, len(images))
     logits = decoder.prefill(images[:, :first])
-    for begin in range(first, images.size(1), ahead):  # noise for a few pixels at a time
-        for i, noise in enumerate(exponential_noise(seeds, begin, min(ahead, images.size(1) - begin), logits.size(-1)), begin):
+    ahead = max(1, NOISE // len(images))
+    for begin in range(first, images.size(1), ahead):
+        for i, noise in enumerate(gumbel_noise(seeds, begin, min(ahead, images.size(1) - begin), logits.size(-1)), begin):
             if i > first:
-                logits = decoder.decode_one_token(token, i)
-            images[:, i] = token = draw(logits, noise)
+                logits = decoder.decode(images[:, i - 1:i], i)[:, 0]
+            images[:, i] = draw(logits, noise)
             yield 1
+
+
+def paint_ahead(model, images, seeds, draw, first, window=AHEAD):
+    """The same for one image, several pixels a pass.
+
+    The noise of a pixel mostly picks the same colour from the distribution of the pixel before it as from its own: that is a
+    guess. A pass takes the next pixel and guesses of those after it, and draws all of them; what it draws stands as far as the
+    guesses before it were right, and the rest are the next guesses. So it is the image of paint_cached, in half the passes.
+    Speculative decoding (Leviathan et al. 2022, arXiv 2211.17192), without a second model; Jacobi iteration (arXiv 2002.03629).
+    """
+    decoder, pixels, width, V = Decoder(model, 1), images[0], model.config.width, model.config.vocab_size
+    logits = decoder.prefill(images[:, :first])  # (1, V), the newest
+    i = known = end = first  # pixels that stand; those and the guesses; those that there is noise for
+    while i < len(pixels):
+        if i == end:  # no pass goes beyond the end of a row
+            begin, end = i, min(i + NOISE, (i // width + 1) * width, len(pixels))
+            noise = gumbel_noise(seeds, begin, end - begin, V)[:, 0]  # (end - begin, V)
+        last = min(i + window, end) if i > first else i + 1
+        if known < last - 1:
+            pixels[known:last - 1] = draw(logits.expand(last - 1 - known, V), noise[known - begin:last - 1 - begin])
+        if i > first:
+            logits = decoder.decode(images[:, i - 1:last - 1], i)[0]  # (W, V)
+        drawn = draw(logits, noise[i - begin:last - begin])
+        right = 1 + len(list(takewhile(bool, map(eq, drawn.tolist(), pixels[i:last - 1].tolist()))))
+        pixels[i:last] = drawn
+        logits, known, i = logits[right - 1:right], last, i + right
+        yield right
 
 
 def paint_on_cuda(model, images, seeds, draw, first, stretch=512, steps=32):
@@ -403,20 +448,20 @@ def paint_on_cuda(model, images, seeds, draw, first, stretch=512, steps=32):
     """
     decoder = Decoder(model, len(images))
     logits = decoder.prefill(images[:, :first])
-    images[:, first] = draw(logits, exponential_noise(seeds, first, 1, logits.size(-1))[0])
+    images[:, first] = draw(logits, gumbel_noise(seeds, first, 1, logits.size(-1))[0])
     yield 1
     pixel = torch.tensor([first], device=images.device)  # the last that stands
 
     def paint(noises, length):  # a pixel for each of them
         for noise in noises:
-            token = images.index_select(1, pixel)[:, 0]
+            token = images.index_select(1, pixel)  # (B, 1)
             pixel.add_(1)
-            images.index_copy_(1, pixel, draw(decoder.decode_one_token(token, pixel, length), noise)[:, None])
+            images.index_copy_(1, pixel, draw(decoder.decode(token, pixel, length)[:, 0], noise)[:, None])
 
     for begin in range(first + 1, images.size(1), stretch):
         end, graph = min(begin + stretch, images.size(1)), None
         for i in range(begin, end, steps):
-            fresh = exponential_noise(seeds, i, min(steps, end - i), logits.size(-1))
+            fresh = gumbel_noise(seeds, i, min(steps, end - i), logits.size(-1))
             if not images.is_cuda or len(fresh) < steps:
                 paint(fresh, end)
             elif i == begin:  # libraries set themselves up in the first steps, which are therefore not captured
@@ -438,27 +483,27 @@ def paint_on_cuda(model, images, seeds, draw, first, stretch=512, steps=32):
 class Decoder:
     """What the sampler keeps for B images: the weights, laid out once for single pixels, and the keys and values so far.
 
-    Keys and values lie in slots: all positions (full), those of the present band (local), or column after column.
+    Keys and values lie in lanes, as in CausalSelfAttention: one of all positions (full), one of the present band (local), or the columns.
     """
 
     def __init__(self, model, B):
         c, h, weight = model.config, model.transformer, model.lm_head.weight
-        hs = c.n_embd // c.n_head
-        queries = torch.ones_like(weight[0]).repeat(3)
-        queries[:c.n_embd] = hs ** -0.5  # the scaling of the scores
         self.model, self.n_head, self.width, self.height = model, c.n_head, c.width, c.block_size // c.width
         colours = model.colours()
-        self.colours, self.positions, self.ln_f = F.pad(colours, (0, 0, 0, 1)), model.positions(), norm(h.ln_f)
+        self.colours, self.positions, self.ln_f = colours, model.positions(), norm(h.ln_f)
         self.head = (torch.cat((colours, model.one_hot), dim=1) if c.relative_colours else colours).t().contiguous()
-        self.blocks = [(b.attn.kind, norm(b.ln_1), linear(b.attn.c_attn, queries), linear(b.attn.c_proj),
+        self.blocks = [(b.attn.kind, norm(b.ln_1), linear(b.attn.c_attn), linear(b.attn.c_proj),
                         norm(b.ln_2), linear(b.mlp.c_fc), linear(b.mlp.c_proj)) for b in h.h]
-        self.lengths = {'full': c.block_size, 'local': 2 * c.width, 'column': self.height}  # most positions that see each other
-        slots = [2 * c.width if b.attn.kind == 'local' else c.block_size for b in h.h]
-        # keys with one dimension a row: the scores of all positions are then read in one go
-        self.keys = [weight.new_zeros(B * c.n_head, hs, n) for n in slots]
-        self.values = [weight.new_zeros(B * c.n_head, n, hs) for n in slots]
-        if c.neighbours:
-            self.stem = linear(h.stem.c_fc), linear(h.stem.c_proj)
+        lanes = {'full': (1, c.block_size), 'local': (1, 2 * c.width), 'column': (c.width, self.height)}  # how many, how long
+        self.lanes = {kind: lanes[kind] for kind in {b.attn.kind for b in h.h}}
+        # (2, B, lanes, nh, length, hs)
+        self.kv = [weight.new_zeros(2, B, lanes, c.n_head, length, c.n_embd // c.n_head) for lanes, length in (self.lanes[b.attn.kind] for b in h.h)]
+        self.span = torch.arange(c.block_size, device=weight.device)
+        self.later = F.pad(weight.new_full((AHEAD, AHEAD), -math.inf).triu(1), (c.block_size, 0))  # what the last of so many positions may not see
+        if c.neighbours:  # what the hidden layer of the stem gets from each colour as each neighbour, and its bias from the first of them
+            self.stem, self.stem_proj = h.stem.table(F.pad(colours, (0, 0, 0, 1))), linear(h.stem.c_proj)
+            self.stem[::c.neighbours] += h.stem.c_fc.bias
+            self.kth = torch.arange(c.neighbours, device=weight.device)
         if c.relative_colours:
             self.rel_head = linear(model.rel_head)
         if c.neighbours or c.relative_colours:  # the pixels so far with an edge around them, as in GPT.around
@@ -470,65 +515,64 @@ class Decoder:
     def prefill(self, tokens):
         """Prompts (B, T) -> logits of the pixel after them, (B, V); keys and values of all of it are kept."""
         B, T = tokens.shape
-        kv = []
-        x, weight = self.model.features(F.pad(tokens, (0, 1)), kv)  # (B, P, C')
-        for (kind, *_), (k, v), keys, values in zip(self.blocks, kv, self.keys, self.values):
-            k, v = (t.unflatten(0, (B, -1)).permute(0, 2, 1, 3, 4) for t in (k, v))  # (B, nh, lanes, length, hs)
-            if kind == 'local':  # of the present band
-                band = T // (2 * self.width)
-                k, v = k[:, :, band:band + 1], v[:, :, band:band + 1]
-            lanes, length = k.shape[2:4]
-            keys.unflatten(2, (lanes, -1))[..., :length] = k.permute(0, 1, 4, 2, 3).flatten(0, 1)
-            values.unflatten(1, (lanes, -1))[:, :, :length] = v.flatten(0, 1)
+        new = []
+        x, weight = self.model.features(F.pad(tokens, (0, 1)), new)  # (B, P, C')
+        for (kind, *_), qkv, kv in zip(self.blocks, new, self.kv):
+            qkv = qkv.unflatten(1, (B, -1))  # (3, B, lanes, nh, length, hs)
+            if kind == 'local':  # the present band
+                qkv = qkv[:, :, T // (2 * self.width), None]
+            kv[..., :qkv.size(4), :] = qkv[1:]
         if hasattr(self, 'canvas'):
             self.canvas[:, self.place[:T]] = tokens
         return x[:, -1] @ weight.t()
 
-    def where(self, kind, position, length):
-        """-> the slot of a position, the slots it attends to, and a mask for these (or None). Numbers in, slices out; tensors, tensors."""
-        first, slot = 0, position
+    def where(self, kind, position, W, length):
+        """Lane and slot of a position and what W positions from it on may not see of their lane: (lane, slot, mask or None)."""
+        lane, slot = 0 * position, position
         if kind == 'local':
             slot = position % (2 * self.width)
         elif kind == 'column':
-            first = position % self.width * self.height
-            slot = first + position // self.width
-        if isinstance(position, int):
-            return slice(slot, slot + 1), slice(first, slot + 1), None
-        span = torch.arange(min(self.lengths[kind], length), device=position.device)
-        mask = torch.zeros_like(span, dtype=self.head.dtype).masked_fill(span > slot - first, -math.inf)
-        return slot, span + first if kind == 'column' else slice(0, len(span)), mask
+            lane, slot = position % self.width, position // self.width
+        if isinstance(position, int):  # what comes after all of them is not even looked at
+            return lane, slot, None if W == 1 or kind == 'column' else self.later[:W, self.later.size(1) - AHEAD - slot:][:, :slot + W]
+        later = self.span[None, :min(self.lanes[kind][1], length)] > slot  # (1, length)
+        return lane, slot, torch.where(later, -math.inf, 0.0).to(self.head.dtype)
 
-    def decode_one_token(self, tokens, pixel, length=None):
-        """The pixels (B,) before pixel -> logits of pixel, (B, V).
+    def decode(self, tokens, pixel, length=None):
+        """The pixels (B, W) from the one before pixel on -> logits of as many from pixel on, (B, W, V), all of them in one row.
 
-        pixel is a number or, for a graph, tensor([number]); then full attention goes over the first length positions.
+        pixel is a number or, for a graph, tensor([number]), and W then 1; full attention then goes over the first length positions.
         """
-        B, nh, c = len(tokens), self.n_head, self.model.config
-        at = lambda i: slice(i, i + 1) if isinstance(i, int) else i
+        (B, W), c, graph = tokens.shape, self.model.config, isinstance(pixel, torch.Tensor)
+        rows = lambda table, i: table.index_select(0, i) if graph else table.narrow(0, i, W)
         position = pixel - int(not c.start_embedding)
-        where = {kind: self.where(kind, position, length) for kind in {block[0] for block in self.blocks}}
-        x = torch.embedding(self.colours, tokens) + self.positions[at(position)]  # (B, C)
+        where = {kind: self.where(kind, position, W, length) for kind in self.lanes}
+        x = torch.embedding(self.colours, tokens) + rows(self.positions, position)
+        x = x.view(B * W, -1)  # (B * W, C)
         if c.neighbours or c.relative_colours:
-            self.canvas.index_copy_(1, self.place[at(pixel - 1)], tokens[:, None])
-            around = self.canvas.index_select(1, self.neighbours[at(pixel)].view(-1))  # (B, 24)
+            self.canvas.index_copy_(1, rows(self.place, pixel - 1), tokens)
+            around = self.canvas.index_select(1, rows(self.neighbours, pixel).view(-1)).view(B * W, -1)  # (B * W, 24)
         if c.neighbours:
-            c_fc, c_proj = self.stem
-            x = x + c_proj(F.gelu(c_fc(torch.embedding(self.colours, around[:, :c.neighbours]).view(B, -1))))
-        for (kind, ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), keys, values in zip(self.blocks, self.keys, self.values):
-            slot, seen, mask = where[kind]
-            q, k, v = c_attn(ln_1(x)).view(B, 3, nh, -1).unbind(1)  # each (B, nh, hs)
-            keys[:, :, slot] = k.reshape(B * nh, -1, 1)
-            values[:, slot] = v.reshape(B * nh, 1, -1)
-            scores = torch.bmm(q.reshape(B * nh, 1, -1), keys[:, :, seen])  # (B * nh, 1, positions)
-            if mask is not None:
-                scores = scores + mask
-            y = torch.bmm(scores.softmax(-1), values[:, seen]).view(B, -1)  # (B, C), the heads side by side
-            x = x + attn_proj(y)
-            x = x + mlp_proj(F.gelu(c_fc(ln_2(x))))
+            x = self.stem_proj(F.gelu(torch.embedding(self.stem, torch.add(self.kth, around[:, :c.neighbours], alpha=c.neighbours)).sum(1)), x)
+        for (kind, ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), kv in zip(self.blocks, self.kv):
+            lane, slot, mask = where[kind]
+            L, S = (W, 1) if kind == 'column' else (1, W)  # lanes and slots that the W positions take
+            qkv = c_attn(ln_1(x)).view(B, L, S, 3, self.n_head, -1).permute(3, 0, 1, 4, 2, 5)  # (3, B, L, nh, S, hs)
+            if graph:
+                kv[:, :, lane, :, slot] = qkv[1:, :, 0, :, 0]
+                kv = (kv.index_select(2, lane) if kind == 'column' else kv)[..., :mask.size(1), :]
+            else:
+                kv = kv.narrow(2, lane, L)
+                kv.narrow(4, slot, S).copy_(qkv[1:])
+                kv = kv.narrow(4, 0, slot + S)
+            k, v = kv.flatten(1, 2).unbind()  # each (B * L, nh, positions, hs)
+            y = F.scaled_dot_product_attention(qkv[0].flatten(0, 1), k, v, mask)  # (B * L, nh, S, hs)
+            x = attn_proj(y.transpose(1, 2).reshape(B * W, -1), x)  # the heads side by side
+            x = mlp_proj(F.gelu(c_fc(ln_2(x))), x)
         x = self.ln_f(x)
         if c.relative_colours:
             x = torch.cat((x, self.model.relative_scores(self.rel_head(x), around)), dim=-1)
-        return torch.mm(x, self.head)
+        return torch.mm(x, self.head).view(B, W, -1)
 
 
 def norm(module):
@@ -537,13 +581,14 @@ def norm(module):
     return lambda x: torch.layer_norm(x, weight.shape, weight, bias)
 
 
-def linear(module, scale=1):
-    """An nn.Linear as a plain function of (B, in), its weights as (in, out), which a few rows are multiplied with faster."""
-    weight = (module.weight.t() * scale).contiguous()
-    if module.bias is None:
-        return lambda x: torch.mm(x, weight)
-    bias = module.bias * scale
-    return lambda x: torch.addmm(bias, x, weight)
+def linear(module):
+    """An nn.Linear as a plain function of (B, in), plus a residual (B, out); its weights as (in, out), which a few rows are multiplied with faster."""
+    weight, bias = module.weight.t().contiguous(), module.bias
+
+    def apply(x, residual=None):
+        add = bias if residual is None else residual if bias is None else residual + bias
+        return torch.mm(x, weight) if add is None else torch.addmm(add, x, weight)
+    return apply
 
 
 def images_at_once(config, weight):
@@ -572,39 +617,39 @@ def cpu_settings(batch):
         torch.backends.mkldnn.enabled = mkldnn
 
 
-def logits_to_probs(logits, temperature=1.0, top_k=None, top_p=None):
-    """(B, V) logits -> (B, V) probabilities to draw from.
+def restrict(logits, temperature=1.0, top_k=None, top_p=None):
+    """(B, V) logits -> those to draw from, in float32, -inf where a colour is left out.
 
     temperature divides the logits; 0 leaves the likeliest colour alone. top_k keeps the k likeliest colours; top_p
     (nucleus sampling, arXiv 1904.09751) then the fewest likeliest ones that together reach the probability top_p.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.float()
     if temperature == 0:
-        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
+        return torch.full_like(logits, -math.inf).scatter_(-1, logits.argmax(-1, keepdim=True), 0)
     if temperature != 1:
         logits = logits / temperature
     if top_k is not None and top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
-    probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
+        probs = logits.softmax(-1)
         ranked = probs.sort(-1, descending=True).values
         kept = ranked.cumsum(-1) - ranked < top_p  # the probability of all likelier ones falls short of top_p
         least = ranked.masked_fill(~kept, math.inf).amin(-1, keepdim=True)
-        probs = probs.masked_fill(probs < least, 0)
-    return probs
+        logits = logits.masked_fill(probs < least, -math.inf)
+    return logits
 
 
-def choose(probs, noise):
-    """(B, V) probabilities, not necessarily normalised, and exponential noise (B, V) -> (B,) tokens.
+def choose(logits, noise):
+    """(B, V) logits and Gumbel noise (B, V) -> (B,) tokens, each colour with its softmax probability (the Gumbel-max trick).
 
-    A race: a colour of probability p arrives after the time noise / p, and is first with probability p. Nothing is summed
-    up over the colours, so that logits that differ in their last bits draw another colour in one of a million pixels.
+    Nothing is summed up over the colours, so that logits that differ in their last bits draw another colour in one of a
+    million pixels.
     """
-    return (probs / noise).max(-1).indices
+    return (logits + noise).max(-1).indices
 
 
-def exponential_noise(seeds, first, count, V):
-    """Noise of the pixels first .. first + count - 1 of images, each with its seed (B,) -> (count, B, V), exponentially distributed.
+def gumbel_noise(seeds, first, count, V):
+    """Noise of the pixels first .. first + count - 1 of images, each with its seed (B,) -> (count, B, V), Gumbel distributed.
 
     Stateless: a number is a function of seed, pixel and colour alone, on any device. SplitMix64 (Steele et al. 2014).
     """
@@ -612,5 +657,6 @@ def exponential_noise(seeds, first, count, V):
     x = (pixels * V + torch.arange(V, device=seeds.device)) * -0x61C8864680B583EB + seeds[:, None]  # (count, B, V), modulo 2 ** 64
     x.bitwise_xor_((x >> 30).bitwise_and_(2 ** 34 - 1)).mul_(-0x40A7B892E31B1A47)  # >> copies the sign: & takes it away
     x.bitwise_xor_((x >> 27).bitwise_and_(2 ** 37 - 1)).mul_(-0x6B2FB644ECCEEE15)
-    uniform = x.bitwise_right_shift_(40).bitwise_and_(2 ** 24 - 1).float().add_(0.5).mul_(2 ** -24)
-    return uniform.log_().neg_()
+    # 23 bits and a half: 24 would round up to 1, the noise of which is infinite
+    uniform = x.bitwise_right_shift_(41).bitwise_and_(2 ** 23 - 1).float().add_(0.5).mul_(2 ** -23)
+    return uniform.log_().neg_().log_().neg_()
