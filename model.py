@@ -103,7 +103,7 @@ class CausalSelfAttention(nn.Module):
         self.kind, self.width = kind, config.width
 
     def forward(self, x, ln, kv=None):
-        """(B, P, C) -> (B, P, C); ln goes first, kept no longer than the MLP's hidden layer. kv: a list that receives queries, keys and values, (3, B * lanes, nh, length, hs)."""
+        """(B, P, C) -> (B, P, C); ln goes first. kv: a list that receives queries, keys and values, (3, B * lanes, nh, length, hs)."""
         B, P, C = x.size()
         if self.kind == 'column':
             x = x.view(B, -1, self.width, C).transpose(1, 2)  # (B, width, height, C)
@@ -158,15 +158,18 @@ class Stem(nn.Module):
         self.c_proj = nn.Linear(2 * config.n_embd, config.n_embd, bias=False)
 
     def table(self, colours):
-        """(V + 1, C) -> ((V + 1) * K, 2C): what each colour adds to the hidden layer as each neighbour. There are fewer colours than pixels."""
+        """(V + 1, C) -> ((V + 1) * K, 2C): what each colour adds to the hidden layer as each neighbour."""
         weight = self.c_fc.weight.view(2 * colours.size(1), -1, colours.size(1))  # (2C, K, C)
         return (colours @ weight.permute(2, 1, 0).flatten(1)).view(-1, len(weight))
 
     def forward(self, around, colours):
         """Neighbours (B, P, K) and the vectors of the colours -> (B, P, C)."""
-        K = around.size(2)
-        rows = around * K + torch.arange(K, device=around.device)
-        h = F.embedding_bag(rows.flatten(0, 1), self.table(colours).float(), mode='sum').view(*around.shape[:2], -1) + self.c_fc.bias
+        B, P, K = around.shape
+        if B * P > 2 * len(colours):  # there are fewer colours than pixels
+            rows = around * K + torch.arange(K, device=around.device)
+            h = F.embedding_bag(rows.flatten(0, 1), self.table(colours).float(), mode='sum').view(B, P, -1) + self.c_fc.bias
+        else:
+            h = self.c_fc(F.embedding(around, colours).flatten(2))
         return self.c_proj(F.gelu(h))
 
 
@@ -380,7 +383,8 @@ class GPT(nn.Module):
         batch = min(B, images_at_once(config, self.lm_head.weight))
         with torch.inference_mode(), torch.autocast(device.type, enabled=False), cpu_settings(batch):
             for part, part_seeds in zip(images.split(batch), seeds.split(batch)) if new else ():  # views: what is drawn stands in images
-                paint = paint_plainly if not use_cache else paint_on_cuda if device.type == 'cuda' else paint_ahead if device.type == 'cpu' and len(part) == 1 else paint_cached
+                paint = (paint_plainly if not use_cache else paint_on_cuda if device.type == 'cuda'
+                         else paint_ahead if device.type == 'cpu' and len(part) == 1 else paint_cached)
                 for pixels in paint(self, part, part_seeds, draw, T):
                     if progress:
                         progress(len(part) * pixels)

@@ -1,16 +1,16 @@
 """How fast the sampler paints, beside the plain loop and beside what the memory allows.
 
-    python bench/sampling.py                          # an untrained 64x64 model of the default size: 4 layers, width 128
-    python bench/sampling.py --ckpt out/ckpt6000.pt   # a trained one
-    python bench/sampling.py --profile                # where the time of one pixel goes
+    python bench/sampling.py                          # the shipped checkpoint
+    python bench/sampling.py --ckpt out/mine/ckpt.pt  # another trained one: an untrained model is no measure, its pixels are too easily guessed
+    python bench/sampling.py --windows                # one image, so many pixels a pass
+    python bench/sampling.py --profile                # where the time of a pass goes
 
-The plain loop runs the whole image so far through the model for every pixel. It is timed at ten lengths, a parabola is laid
+The plain loop runs the whole image so far through the whole model for every pixel. It is timed at ten lengths, a parabola is laid
 through them and summed over all lengths. The limit is what reading takes: all weights and the keys and values so far, once a
-pixel, at the speed at which this machine sums up as many bytes that it has just read before. A step is one pixel of each image that
-is painted side by side. All in one run; leave the machine idle.
+pass, at the speed at which this machine sums up as many bytes that it has just read before. One image is the mean of four, of which some are
+guessed better than others. All in one run; leave the machine idle.
 """
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -24,7 +24,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import extras  # noqa: E402
-from model import GPT, Decoder, GPTConfig, cpu_settings, images_at_once  # noqa: E402
+import model as model_module  # noqa: E402
+from model import Decoder, choose, cpu_settings, images_at_once, paint_ahead, restrict  # noqa: E402
 
 
 def clock(device):
@@ -61,88 +62,100 @@ def plain_loop(model, batch, device):
     return np.polyval(parabola, np.arange(1, N + 1)).clip(min(seconds)).sum()
 
 
-def cached(model, batch, device):
-    """-> seconds for a batch, and seconds a pixel at the start and at the end of the image."""
+def cached(model, batch, device, seed):
+    """-> seconds for a batch, pixels of an image a pass, and seconds a pixel of each image at the start and at the end of the image."""
     marks, N = [], model.config.tokens_per_image
     prompt = torch.full((batch, int(not model.config.start_embedding)), 0xFEC, device=device)
     began = clock(device)
-    model.generate(prompt, progress=lambda pixels: marks.append((pixels / batch, clock(device))))
+    model.generate(prompt, generator=torch.Generator().manual_seed(seed), progress=lambda pixels: marks.append((pixels / batch, clock(device))))
     seconds = clock(device) - began
-    if batch > images_at_once(model.config, model.lm_head.weight):
-        return seconds, None, None
     pixels, times = np.cumsum([m[0] for m in marks]), np.array([m[1] for m in marks])
     at = np.interp([N / 64, N / 16, N * 15 / 16, N], pixels, times)
-    return seconds, (at[1] - at[0]) / (N * 3 / 64), (at[3] - at[2]) / (N / 16)
+    return seconds, N / len(marks) if batch == 1 else 1, (at[1] - at[0]) / (N * 3 / 64), (at[3] - at[2]) / (N / 16)
 
 
 @torch.inference_mode()
 def limit(model, batch, device):
-    """Seconds that reading the weights and the caches takes, for a batch as it is painted, and the bandwidth in bytes/s."""
+    """Seconds that reading the weights and the caches takes, once for every pixel of a batch as it is painted, and the bandwidth in bytes/s."""
     batch = min(batch, images_at_once(model.config, model.lm_head.weight))
     weights = model.num_params()
-    lengths = Decoder(model, 1).lengths  # on average, half of them stand already
-    cache = batch * sum(model.config.n_embd * lengths[block.attn.kind] for block in model.transformer.h)
+    lanes = Decoder(model, 1).lanes  # on average, half of the positions of a lane stand already
+    cache = batch * sum(model.config.n_embd * lanes[block.attn.kind][1] for block in model.transformer.h)
     buffer = torch.ones(int(weights + cache), dtype=model.lm_head.weight.dtype, device=device)
     buffer.sum()
     bandwidth = buffer.numel() * buffer.element_size() / best_of(20, buffer.sum, device)
     return (weights + cache) * buffer.element_size() * model.config.tokens_per_image / bandwidth, bandwidth
 
 
-def first_picture(model, height):
+def first_picture(ckpt):
     """Seconds from pressing enter to one finished picture of sample.py."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.save({'model': model.state_dict(), 'model_args': vars(model.config), 'height': height, 'width': height}, Path(folder) / 'ckpt.pt')
-        command = [sys.executable, str(ROOT / 'sample.py'), '--ckpt', f'{folder}/ckpt.pt', '--num_samples', '1', '--first_pixel', 'FEC', '--out', f'{folder}/a.png']
+        command = [sys.executable, str(ROOT / 'sample.py'), '--ckpt', ckpt, '--num_samples', '1', '--first_pixel', 'FEC', '--out', f'{folder}/a.png']
         return best_of(2, lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), 'cpu')
 
 
 def profile(model, device):
-    """What one pixel in the middle of an image is made of."""
-    N, tokens = model.config.tokens_per_image, torch.zeros(1, dtype=torch.long, device=device)
+    """What a pass of four pixels in the middle of an image is made of."""
+    N, tokens = model.config.tokens_per_image, torch.zeros(1, 4, dtype=torch.long, device=device)
     with torch.inference_mode(), cpu_settings(1):
         decoder = Decoder(model, 1)
-        step = lambda i: decoder.decode_one_token(tokens, i).softmax(-1).cumsum(-1, dtype=torch.float64)
+        step = lambda i: choose(restrict(decoder.decode(tokens, N // 2 + i % 60)[0]), 0.0)
         for i in range(100):
             step(i)
         with torch.profiler.profile() as profiler:
-            for i in range(N // 2, N // 2 + 200):
+            for i in range(200):
                 step(i)
     events = sorted(profiler.key_averages(), key=lambda e: -e.self_cpu_time_total)
-    print('| operation | calls a pixel | us a pixel |\n|---|---|---|')
+    print('| operation | calls a pass | us a pass |\n|---|---|---|')
     for e in events:
-        if e.count >= 200 and e.self_cpu_time_total > 200:
+        if e.count >= 200 and e.self_cpu_time_total > 1000:
             print(f'| {e.key.removeprefix("aten::")} | {e.count / 200:.0f} | {e.self_cpu_time_total / 200:.0f} |')
+
+
+def windows(model):
+    """One image with so many pixels a pass; it must be the same image every time."""
+    print('| pixels a pass, at most | on average | us a pass | s an image |\n|---|---|---|---|')
+    images, N = {}, model.config.tokens_per_image
+    model_module.AHEAD = 6
+    for window in (1, 2, 3, 4, 6):
+        passes = seconds = 0
+        for seed in range(4):
+            image = torch.full((1, N), 0xFEC)
+            with torch.inference_mode(), cpu_settings(1):
+                began = time.perf_counter()
+                passes += sum(1 for _ in paint_ahead(model, image, torch.tensor([seed]), lambda logits, noise: choose(restrict(logits), noise), 1, window))
+                seconds += time.perf_counter() - began
+            assert images.setdefault(seed, image).equal(image)
+        print(f'| {window} | {4 * (N - 1) / passes:.2f} | {seconds / passes * 1e6:.0f} | {seconds / 4:.2f} |', flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--ckpt', help='a checkpoint instead of an untrained model')
+    parser.add_argument('--ckpt', default=str(ROOT / 'out' / 'ckpt6000.pt'))
     parser.add_argument('--batch', type=int, nargs='*', help='batch sizes (1 8 32, on a GPU 1 8 32 256 1024)')
     parser.add_argument('--device', default='auto')
-    parser.add_argument('--profile', action='store_true', help='take one pixel apart instead')
+    parser.add_argument('--profile', action='store_true', help='take one pass apart instead')
+    parser.add_argument('--windows', action='store_true', help='on a CPU: one image with so many pixels a pass, instead')
     args = parser.parse_args()
     device = extras.pick_device(args.device)
-    torch.manual_seed(0)
-    model = extras.build_model(extras.load_checkpoint(args.ckpt, device), args.ckpt, device) if args.ckpt else GPT(GPTConfig()).to(device).eval()
-    start_up = None
-    if device == 'cpu':
-        start_up = first_picture(model, round(model.config.tokens_per_image ** 0.5))
+    model = extras.build_model(extras.load_checkpoint(args.ckpt, device), args.ckpt, device)
     if device != 'cpu':
         model.to(extras.pick_dtype('auto', device))
-    if args.profile:
-        return profile(model, device)
+    if args.profile or args.windows:
+        return profile(model, device) if args.profile else windows(model)
+    start_up = first_picture(args.ckpt) if device == 'cpu' else None
     cores = f'{torch.get_num_threads()} threads' if device == 'cpu' else torch.cuda.get_device_name(device)
     print(f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {model.config.tokens_per_image} pixels, {device}, {cores}, torch {torch.__version__}\n')
-    print('| batch | s an image | pixels/s | plain loop, s an image | times faster | us a step, at the start | at the end | end / start | limit, s an image | share of it | GB/s |')
+    print('| batch | s an image | pixels/s | plain loop, s an image | times faster | pixels a pass | us a pixel, at the start | at the end | limit, s an image | share of it | GB/s |')
     print('|---|---|---|---|---|---|---|---|---|---|---|')
     model.generate(torch.full((1, 1), 0xFEC), 40)  # libraries set themselves up
     for batch in tqdm(args.batch or ([1, 8, 32] if device == 'cpu' else [1, 8, 32, 256, 1024]), leave=False):
-        seconds, start, end = min(cached(model, batch, device) for _ in range(2))
+        seconds, ahead, start, end = np.mean([cached(model, batch, device, seed) for seed in range(4 if batch == 1 else 1)], axis=0)
         plain = plain_loop(model, batch, device)
         least, bandwidth = limit(model, batch, device)
-        least *= batch / min(batch, images_at_once(model.config, model.lm_head.weight))
-        ends = f'{start * 1e6:.0f} | {end * 1e6:.0f} | {end / start:.2f}' if start else '- | - | -'
-        tqdm.write(f'| {batch} | {seconds / batch:.3g} | {batch * model.config.tokens_per_image / seconds:,.0f} | {plain / batch:.3g} | {plain / seconds:.0f} | {ends} | '
+        least *= batch / min(batch, images_at_once(model.config, model.lm_head.weight)) / ahead
+        ends = f'{start / batch * 1e6:.0f} | {end / batch * 1e6:.0f}' if batch <= images_at_once(model.config, model.lm_head.weight) else '- | -'
+        tqdm.write(f'| {batch} | {seconds / batch:.3g} | {batch * model.config.tokens_per_image / seconds:,.0f} | {plain / batch:.3g} | {plain / seconds:.0f} | {ahead:.2f} | {ends} | '
                    f'{least / batch:.2g} | {least / seconds:.0%} | {bandwidth / 1e9:.0f} |', file=sys.stdout)
         if batch == 1 and start_up:
             first = f'sample.py writes its first picture {start_up:.1f} s after enter, {start_up - seconds:.1f} s of them start-up; with that, the plain loop takes {(plain + start_up - seconds) / start_up:.0f} times as long.'

@@ -116,6 +116,20 @@ def test_the_chunked_loss_has_the_gradients_of_the_usual_one(kind):
         assert torch.allclose(gradient, gradients[1][name], atol=1e-5, rtol=1e-4), name
 
 
+def test_the_table_of_the_stem_does_what_its_product_does():
+    # many pixels take another way through the stem than few
+    model, tokens = small('full', std=0.2), images(2 * 4097 // TOKENS + 1)
+    grads = []
+    for parts in (tokens.split(len(tokens)), tokens.split(1)):
+        model.zero_grad()
+        for part in parts:
+            (model(part) * len(part) / len(tokens)).backward()
+        grads.append([p.grad.clone() for p in (model.transformer.stem.c_fc.weight, model.transformer.stem.c_fc.bias, model.transformer.wle.weight)])
+    for one, other in zip(*grads):
+        assert one.abs().max() > 1e-4 and (one - other).abs().max() < 1e-5 * one.abs().max().clamp(min=1)
+    assert (model.logits(tokens)[:1] - model.logits(tokens[:1])).abs().max() < 1e-4
+
+
 def test_neighbours_end_where_the_image_ends():
     model = small('full')
     picture = torch.arange(TOKENS).view(1, SIDE, SIDE)

@@ -1,0 +1,95 @@
+"""bench/quality.py on cases whose answer is known: a measure moves when it should, by how much, and no other does."""
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, call
+
+sys.path.insert(0, str(ROOT / 'bench'))
+import quality  # noqa: E402
+
+SWD, COLOUR, CORRELATION = 'sliced Wasserstein distance, mean', 'colour: Jensen-Shannon, bits', 'autocorrelation across, error'
+
+
+@pytest.fixture(scope='module')
+def sets(tmp_path_factory):
+    """Twice 90 landscapes of 64x64, and 90 to train on."""
+    folder = tmp_path_factory.mktemp('quality')
+    call('prepare.py', '--source', 'synthetic', '--num_images', 300, '--size', 64, '--out_dir', folder)
+    tokens = np.fromfile(folder / 'train.bin', '<u2').reshape(3, 90, 64, 64)
+    return dict(zip(('real', 'other', 'train'), tokens))
+
+
+@pytest.fixture(scope='module')
+def measured(sets):
+    """name of a change -> all measures of images changed in that way against the unchanged ones."""
+    real, rng = sets['real'], np.random.default_rng(0)
+    blurred = sum(np.roll(quality.levels(real), (y, x), (1, 2)) for y in (-1, 0, 1) for x in (-1, 0, 1)) / 9
+    changed = {
+        'same': real, 'other': sets['other'],
+        'shuffled': np.stack([rng.permutation(image.ravel()).reshape(image.shape) for image in real]),
+        'blurred': (blurred.round().astype(np.uint16) * [256, 16, 1]).sum(-1).astype(np.uint16),
+        'mirrored': real[:, :, ::-1], 'upside down': real[:, ::-1], 'turned': real.swapaxes(1, 2), 'recoloured': real >> 8 | real & 240 | (real & 15) << 8,
+        'copied': sets['train'], 'one': np.repeat(real[:1], len(real), 0), 'streaked': np.repeat(real[:, :, ::8], 8, axis=2),
+    }
+    points = quality.small(sets['train'])
+    return {name: quality.compare(np.ascontiguousarray(tokens), real, points, seeds=2) for name, tokens in changed.items()}
+
+
+def test_a_set_is_itself(measured):
+    for name, value in measured['same'].items():
+        if 'error' in name or 'colour' in name or 'Frechet' in name:
+            assert value == pytest.approx(0, abs=1e-4), name
+        if 'coverage' in name:
+            assert value == 1, name
+    assert measured['same'][SWD] < 30  # what two random draws of its patches differ by
+
+
+def test_another_set_of_the_same_kind_is_close(measured):
+    other = measured['other']
+    assert other[SWD] < 80 and other[COLOUR] < 0.06 and other['Frechet distance, random features'] < 0.4 and 0.9 < other['distance to the training set, over that of real images'] < 1.1
+    assert min(other[f'coverage, {points}'] for points in ('16x16 pixels', 'random features')) > 0.9
+
+
+# (change, measure, at least, at most)
+MOVES = [
+    ('shuffled', SWD, 500, 1500), ('shuffled', COLOUR, 0, 0), ('shuffled', CORRELATION, 0.3, 0.6), ('shuffled', 'power spectrum, slope', -0.1, 0.1),
+    ('shuffled', 'power spectrum, error in log10', 0.6, 1.2), ('shuffled', 'P(equal to the left)', 0, 0.1), ('shuffled', 'anisotropy', -0.02, 0.02),
+    ('shuffled', 'coverage, random features', 0, 0.2), ('shuffled', 'density, random features', 0, 0.1), ('shuffled', 'Frechet distance, random features', 1, 3),
+    ('blurred', 'sliced Wasserstein distance, 64x64', 120, 300), ('blurred', 'sliced Wasserstein distance, 16x16', 0, 30), ('blurred', 'power spectrum, slope', -4.5, -3.2),
+    ('blurred', 'power spectrum, error in log10', 0.4, 0.9), ('blurred', CORRELATION, 0.01, 0.03),
+    ('mirrored', SWD, 0, 35), ('mirrored', 'mean colour of rows, error in levels', 0, 0), ('mirrored', CORRELATION, 0, 1e-6),
+    ('upside down', 'mean colour of rows, error in levels', 2, 4), ('upside down', COLOUR, 0, 0), ('upside down', SWD, 80, 250), ('upside down', 'coverage, 16x16 pixels', 0, 0.5),
+    ('turned', 'mean colour of rows, error in levels', 1, 2), ('turned', CORRELATION, 0.05, 0.2), ('turned', 'autocorrelation down, error', 0.05, 0.2),
+    ('recoloured', COLOUR, 0.15, 0.5), ('recoloured', 'colour: Wasserstein-1, levels', 0.4, 1), ('recoloured', 'P(equal to the left)', 0.75, 0.82), ('recoloured', 'Frechet distance, random features', 0.5, 2),
+    ('copied', 'distance to the training set, over that of real images', 0, 0), ('copied', 'closer to it than 99 % of real images', 1, 1), ('copied', SWD, 0, 90),
+    ('one', 'coverage, 16x16 pixels', 0, 0.2), ('one', 'coverage, random features', 0, 0.2), ('one', 'Frechet distance, random features', 3, 20), ('one', COLOUR, 0.4, 1),
+    ('streaked', 'anisotropy', -0.85, -0.65), ('streaked', 'P(equal to the left)', 0.9, 1), ('streaked', 'P(equal to the one above)', 0.5, 0.53),
+]
+
+
+@pytest.mark.parametrize('change, measure, least, most', MOVES)
+def test_a_measure_moves_by_as_much_as_it_should(measured, change, measure, least, most):
+    assert least <= measured[change][measure] <= most or least == most == pytest.approx(measured[change][measure], abs=1e-6)
+
+
+def test_turning_an_image_swaps_across_and_down(measured):
+    same, turned = measured['same'], measured['turned']
+    assert turned['anisotropy'] == pytest.approx(-same['anisotropy'], abs=1e-6)
+    assert (turned['P(equal to the left)'], turned['P(equal to the one above)']) == (same['P(equal to the one above)'], same['P(equal to the left)'])
+    assert turned['power spectrum, slope'] == pytest.approx(same['power spectrum, slope'], abs=1e-6)
+
+
+def test_a_mirrored_training_image_is_found(sets):
+    distances, indices = quality.nearest(quality.small(sets['train'][:5, :, ::-1]), quality.small(sets['train']))
+    assert distances.max() < 0.2 and (indices == len(sets['train']) + np.arange(5)).all()
+
+
+def test_the_program_tells_good_from_bad(data, trained, tmp_path):
+    out = call('bench/quality.py', '--ckpt', 'frequencies', trained / 'ckpt10.pt', trained / 'ckpt20.pt', '--data', data, '--num_samples', 8,
+               '--sampling', 'plain', 'temperature=0.5,top_k=100', '--out', tmp_path)
+    rows = {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.strip('|').split('|')] for line in out.splitlines() if line.startswith('| '))}
+    assert rows['measure'] == ['validation', 'floor', 'frequencies', *(f'ckpt{i}{sampling}' for i in (10, 20) for sampling in ('', ' temperature=0.5,top_k=100'))]
+    validation, samples = ([float(x) for x in rows[f'bits per pixel, {which}'][2:]] for which in ('validation', 'its samples'))
+    assert validation[3] < validation[1] < 12 and samples[2] < samples[1]  # it has learnt, and cold samples surprise it less
+    assert float(rows['P(equal to the left)'][0]) > 0.1 and (tmp_path / 'run.png').stat().st_size > 5000 and (tmp_path / 'pairs.png').exists()
