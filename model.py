@@ -362,7 +362,7 @@ class GPT(nn.Module):
         """Continue images pixel by pixel: prompts (B, T) -> (B, T + max_new_tokens), the prompts included.
 
         T may be 0 with the start embedding. max_new_tokens: the rest of the image if None. temperature 0 takes the
-        likeliest colour; top_k and top_p as in logits_to_probs. generator draws a seed for every image, which decides all
+        likeliest colour; top_k and top_p as in restrict. generator draws a seed for every image, which decides all
         its noise, so that it gives the same images, up to rounding, with the cache and without it, in a batch of any
         size and on any device. More images than images_at_once are painted in batches.
         use_cache=False is the plain loop, everything again for every pixel: slow, and what the sampler must equal.
