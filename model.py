@@ -425,7 +425,7 @@ def paint_ahead(model, images, seeds, draw, first, window=AHEAD):
     guesses before it were right, and the rest are the next guesses. So it is the image of paint_cached, in half the passes.
     Speculative decoding (Leviathan et al. 2022, arXiv 2211.17192), without a second model; Jacobi iteration (arXiv 2002.03629).
     """
-    decoder, pixels, width, V = Decoder(model, 1), images[0], model.config.width, model.config.vocab_size
+    decoder, pixels, width, V = Decoder(model, 1, window), images[0], model.config.width, model.config.vocab_size
     logits = decoder.prefill(images[:, :first])  # (1, V), the newest
     i = known = end = first  # pixels that stand; those and the guesses; those that there is noise for
     while i < len(pixels):
@@ -490,7 +490,7 @@ class Decoder:
     Keys and values lie in lanes, as in CausalSelfAttention: one of all positions (full), one of the present band (local), or the columns.
     """
 
-    def __init__(self, model, B):
+    def __init__(self, model, B, ahead=1):  # ahead: most pixels a pass
         c, h, weight = model.config, model.transformer, model.lm_head.weight
         self.model, self.n_head, self.width, self.height = model, c.n_head, c.width, c.block_size // c.width
         colours = model.colours()
@@ -503,7 +503,7 @@ class Decoder:
         # (2, B, lanes, nh, length, hs)
         self.kv = [weight.new_zeros(2, B, lanes, c.n_head, length, c.n_embd // c.n_head) for lanes, length in (self.lanes[b.attn.kind] for b in h.h)]
         self.span = torch.arange(c.block_size, device=weight.device)
-        self.later = F.pad(weight.new_full((AHEAD, AHEAD), -math.inf).triu(1), (c.block_size, 0))  # what the last of so many positions may not see
+        self.later = F.pad(weight.new_full((ahead, ahead), -math.inf).triu(1), (c.block_size, 0))  # what the positions of a pass may not see
         if c.neighbours:  # what the hidden layer of the stem gets from each colour as each neighbour, and its bias from the first of them
             self.stem, self.stem_proj = h.stem.table(F.pad(colours, (0, 0, 0, 1))), linear(h.stem.c_proj)
             self.stem[::c.neighbours] += h.stem.c_fc.bias
@@ -538,7 +538,7 @@ class Decoder:
         elif kind == 'column':
             lane, slot = position % self.width, position // self.width
         if isinstance(position, int):  # what comes after all of them is not even looked at
-            return lane, slot, None if W == 1 or kind == 'column' else self.later[:W, self.later.size(1) - AHEAD - slot:][:, :slot + W]
+            return lane, slot, None if W == 1 or kind == 'column' else self.later[:W, self.later.size(1) - len(self.later) - slot:][:, :slot + W]
         later = self.span[None, :min(self.lanes[kind][1], length)] > slot  # (1, length)
         return lane, slot, torch.where(later, -math.inf, 0.0).to(self.head.dtype)
 

@@ -24,7 +24,6 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import extras  # noqa: E402
-import model as model_module  # noqa: E402
 from model import Decoder, choose, cpu_settings, images_at_once, paint_ahead, restrict  # noqa: E402
 
 
@@ -98,7 +97,7 @@ def profile(model, device):
     """What a pass of four pixels in the middle of an image is made of."""
     N, tokens = model.config.tokens_per_image, torch.zeros(1, 4, dtype=torch.long, device=device)
     with torch.inference_mode(), cpu_settings(1):
-        decoder = Decoder(model, 1)
+        decoder = Decoder(model, 1, 4)
         step = lambda i: choose(restrict(decoder.decode(tokens, N // 2 + i % 60)[0]), 0.0)
         for i in range(100):
             step(i)
@@ -116,7 +115,6 @@ def windows(model):
     """One image with so many pixels a pass; it must be the same image every time."""
     print('| pixels a pass, at most | on average | us a pass | s an image |\n|---|---|---|---|')
     images, N = {}, model.config.tokens_per_image
-    model_module.AHEAD = 6
     for window in (1, 2, 3, 4, 6):
         passes = seconds = 0
         for seed in range(4):

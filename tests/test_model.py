@@ -269,7 +269,7 @@ def test_cached_logits_are_those_of_whole_images(kind):
     model, tokens = small(kind, std=0.2), images(3)
     whole = model.logits(tokens)[:, -TOKENS + 20:]  # of the pixels from the 20th on
     with torch.no_grad():
-        decoder = Decoder(model, 3)
+        decoder = Decoder(model, 3, AHEAD)
         steps, i = [decoder.prefill(tokens[:, :20])[:, None]], 20  # a prompt at once, then one pixel or up to AHEAD in a pass, in one row
         while i < TOKENS - 1:
             W = min(1 + i % AHEAD, SIDE - (i + 1) % SIDE, TOKENS - 1 - i)
