@@ -189,8 +189,7 @@ def check(config, world_size):
     extras.check_values(config, muon_lr=('0 or more', config.muon_lr >= 0), **{name: ('more than 0', getattr(config, name) > 0) for name in positive})
     pieces = world_size * config.gradient_accumulation_steps
     extras.check_values(
-        config, n_embd=(f'a multiple of --n_head={config.n_head}', config.n_embd % config.n_head == 0),
-        batch_size=(f'a multiple of {pieces}: {world_size} processes x --gradient_accumulation_steps={config.gradient_accumulation_steps}', config.batch_size % pieces == 0),
+        config, batch_size=(f'a multiple of {pieces}: {world_size} processes x --gradient_accumulation_steps={config.gradient_accumulation_steps}', config.batch_size % pieces == 0),
         dropout=('0 or more and less than 1', 0 <= config.dropout < 1), seed=('0 or more', 0 <= config.seed < 2 ** 63))
 
 

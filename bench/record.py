@@ -28,11 +28,10 @@ def main():
     out_dir = ROOT / 'out' / 'record' / '_'.join([Path(options[0]).stem, *(o.strip('-').replace('/', '') for o in options[1:])])
     if not (DATA / 'meta.pkl').exists():
         subprocess.run([sys.executable, str(ROOT / 'prepare.py'), '--source', 'synthetic', '--num_images', '10000', '--seed', '1337', '--out_dir', str(DATA)], check=True)
-    # a trial run: the seconds of an iteration, from log lines that stand apart from the evaluation at its end
-    rows = [row for row in train(out_dir / 'trial', [*options, '--max_iters=6', '--log_interval=1', '--eval_at=()', '--eval_interval=0']) if row['train_loss']]
-    each = (float(rows[-1]['seconds']) - float(rows[1]['seconds'])) / (len(rows) - 2)
-    iterations = int(HOUR / each)
-    rows = train(out_dir, [*options, f'--max_iters={iterations}', f'--eval_at=({iterations // 4}, {iterations // 2})', '--eval_interval=0'])
+    # a trial run tells the seconds of an iteration: its fastest, as in a long run nearly all are
+    times = [float(row['seconds']) for row in train(out_dir / 'trial', [*options, '--max_iters=10', '--log_interval=1', '--eval_at=()', '--eval_interval=0']) if row['train_loss']]
+    iterations = int(HOUR / min(after - before for before, after in zip(times, times[1:])))
+    rows = train(out_dir, [*options, f'--max_iters={iterations}', '--eval_at=()', '--eval_interval=0'])
     last = [row for row in rows if row['val_loss']][-1]
     print(f"\n{' '.join(options)}: {float(last['bits_per_pixel']):.3f} bits per pixel after {int(last['images']):,} images in {float(last['seconds']) / 60:.0f} min, "
           f"{int(last['images']) / float(last['seconds']):.2f} images/s")

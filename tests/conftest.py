@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared'  # photographs, where there are any
 sys.path.insert(0, str(ROOT))
 os.environ['OMP_NUM_THREADS'] = '1'  # before torch is imported: two test processes with two threads each stand in each other's way
-ENV = {**os.environ, 'PYTHONPATH': '', 'HF_HUB_OFFLINE': '1'}
+os.environ['HF_HUB_OFFLINE'] = '1'
+ENV = {**os.environ, 'PYTHONPATH': ''}
 # a model that trains in a second
 TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--learning_rate=3e-3', '--warmup_iters=5', '--batch_size=8',
         '--log_interval=5', '--num_samples=2', '--device=cpu', '--dtype=float32']
