@@ -1,7 +1,7 @@
 """Train a GPT to paint.
 
     python train.py config/landscape.py                             # the keys below, overridden by the file ...
-    python train.py config/landscape.py --batch_size=8              # ... and then by the command line
+    python train.py config/landscape.py --batch_size=2              # ... and then by the command line
     python train.py config/landscape.py --init_from=resume          # go on where the last checkpoint stopped
     torchrun --standalone --nproc_per_node=8 train.py config/landscape.py
     torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=10.0.0.1 --master_port=29500 train.py config/landscape.py

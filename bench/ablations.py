@@ -3,9 +3,9 @@
     python prepare.py --source PHOTOS --size 32 --out_dir data/photos32
     python bench/ablations.py --data_dir data/photos32              # 14 models, two seeds: 50 minutes on two cores
 
-Every model sees the same images in the same order, with the batch size and schedule of config/landscape.py; the score is bits per
-pixel on all validation images. The learning rates are those of the recommended recipe throughout, but for AdamW alone, which has a
-better one of its own (--adamw_lr, for embeddings as for matrices). Runs that are complete are not repeated. Leave the machine idle.
+Every model sees the same images in the same order, two at a time, with the schedule and the learning rates of config/landscape.py; the
+score is bits per pixel on all validation images. --adamw_lr is that of the models without Muon, for embeddings as for matrices. Runs
+that are complete are not repeated. Leave the machine idle.
 """
 import argparse
 import csv
