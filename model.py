@@ -27,7 +27,7 @@ LEVELS = 16  # of a channel: a colour is red * 256 + green * 16 + blue
 # known pixels around the one to be predicted as (row, column) from it, the nearest first
 NEIGHBOURS = sorted(((row, column) for row in range(-3, 1) for column in range(-3, 4) if (row, column) < (0, 0)),
                     key=lambda at: (at[0] ** 2 + at[1] ** 2, -at[0], abs(at[1]), at[1]))
-AHEAD = 4  # pixels a pass of paint_ahead
+AHEAD = 4  # pixels a pass of paint_ahead, at most
 NOISE = 32  # pixels that the noise is made for in one go: 4,096 numbers each, which stay in the cache of a CPU
 
 
@@ -41,7 +41,7 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = False  # in the linear and norm layers; without them it is a little better and faster
     start_embedding: bool = True  # False: the first pixel is given and never predicted, as in nanoGPT
-    # two dimensions; all of this but the colours needs the start embedding
+    # two dimensions; everything but factorised_colours needs the start embedding
     width: int = 64  # pixels of a row
     row_column_positions: bool = False  # an embedding of the row plus one of the column, not one of each position
     neighbours: int = 0  # so many known pixels around the predicted one go through a small MLP into the first block
@@ -66,24 +66,12 @@ class GPTConfig:
             if not self.start_embedding:
                 raise ValueError('row_column_positions, neighbours, relative_colours and attention other than full need start_embedding=True')
             if self.block_size % self.width or 'local' in kinds and self.block_size % (2 * self.width):
-                raise ValueError(f'{self.block_size} pixels are not whole rows of {self.width}, or an odd number of them under local attention')
+                raise ValueError(f'{self.block_size} pixels have to be whole rows of {self.width}, and under local attention an even number of them')
 
 
 def recomputed(function, x):
-    """function(x), computed once more for the backward pass: of all that it makes on its way, nothing is kept until then."""
+    """function(x), computed again in the backward pass instead of keeping its intermediate results."""
     return checkpoint(function, x, use_reentrant=False) if torch.is_grad_enabled() else function(x)
-
-
-class LayerNorm(nn.Module):
-    """nn.LayerNorm with an optional bias."""
-
-    def __init__(self, ndim, bias):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(ndim))
-        self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
-
-    def forward(self, x):
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
 
 
 class CausalSelfAttention(nn.Module):
@@ -103,7 +91,7 @@ class CausalSelfAttention(nn.Module):
         self.kind, self.width = kind, config.width
 
     def forward(self, x, ln, kv=None):
-        """(B, P, C) -> (B, P, C); ln goes first. kv: a list that receives queries, keys and values, (3, B * lanes, nh, length, hs)."""
+        """(B, P, C) -> (B, P, C); ln is applied to x first, inside what is recomputed. kv: a list that receives queries, keys and values, (3, B * lanes, nh, length, hs)."""
         B, P, C = x.size()
         if self.kind == 'column':
             x = x.view(B, -1, self.width, C).transpose(1, 2)  # (B, width, height, C)
@@ -112,7 +100,7 @@ class CausalSelfAttention(nn.Module):
         qkv = recomputed(lambda x: self.c_attn(ln(x)), x).reshape(-1, length, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         if kv is not None:
             kv.append(qkv)
-        with torch.autocast(x.device.type, enabled=x.is_cuda):  # on a CPU its gradient is five times slower in bfloat16
+        with torch.autocast('cpu', enabled=False):  # where its gradient is five times slower in bfloat16
             q, k, v = qkv if x.is_cuda else qkv.to(x.dtype)
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
         y = self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # (B * lanes, length, C), the heads side by side
@@ -138,9 +126,9 @@ class Block(nn.Module):
 
     def __init__(self, config, kind):
         super().__init__()
-        self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config, kind)
-        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
     def forward(self, x, kv=None):
@@ -167,7 +155,7 @@ class Stem(nn.Module):
         B, P, K = around.shape
         if B * P > 2 * len(colours):  # there are fewer colours than pixels
             rows = around * K + torch.arange(K, device=around.device)
-            h = F.embedding_bag(rows.flatten(0, 1), self.table(colours).float(), mode='sum').view(B, P, -1) + self.c_fc.bias
+            h = F.embedding_bag(rows.flatten(0, 1), self.table(colours).float(), mode='sum').to(colours.dtype).view(B, P, -1) + self.c_fc.bias
         else:
             h = self.c_fc(F.embedding(around, colours).flatten(2))
         return self.c_proj(F.gelu(h))
@@ -250,7 +238,7 @@ class GPT(nn.Module):
             wte=nn.Embedding(c.vocab_size, c.n_embd),
             drop=nn.Dropout(c.dropout),
             h=nn.ModuleList([Block(c, kinds[i % len(kinds)]) for i in range(c.n_layer)]),
-            ln_f=LayerNorm(c.n_embd, bias=c.bias),
+            ln_f=nn.LayerNorm(c.n_embd, bias=c.bias),
         ))
         if c.start_embedding:
             self.transformer['wse'] = nn.Embedding(1, c.n_embd)
@@ -344,6 +332,7 @@ class GPT(nn.Module):
     def forward(self, tokens):
         """Images, or their first T pixels, (B, T) -> mean cross-entropy of the last P pixels in nats."""
         x, weight = self.features(tokens)
+        weight = weight if torch.is_grad_enabled() else weight.detach()  # HeadLoss cannot see whether gradients are wanted
         return head_loss(x.flatten(0, 1), weight, tokens[:, -x.size(1):].flatten())
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, muon_lr=0.0):
@@ -381,7 +370,7 @@ class GPT(nn.Module):
         images = torch.cat((tokens, tokens.new_zeros(B, new)), dim=1)
         draw = lambda logits, noise: choose(restrict(logits, temperature, top_k, top_p), noise)
         batch = min(B, images_at_once(config, self.lm_head.weight))
-        with torch.inference_mode(), torch.autocast(device.type, enabled=False), cpu_settings(batch):
+        with painting(self, batch):
             for part, part_seeds in zip(images.split(batch), seeds.split(batch)) if new else ():  # views: what is drawn stands in images
                 paint = (paint_plainly if not use_cache else paint_on_cuda if device.type == 'cuda'
                          else paint_ahead if device.type == 'cpu' and len(part) == 1 else paint_cached)
@@ -438,23 +427,23 @@ def paint_ahead(model, images, seeds, draw, first, window=AHEAD):
         if i > first:
             logits = decoder.decode(images[:, i - 1:last - 1], i)[0]  # (W, V)
         drawn = draw(logits, noise[i - begin:last - begin])
-        right = 1 + len(list(takewhile(bool, map(eq, drawn.tolist(), pixels[i:last - 1].tolist()))))
+        accepted = 1 + len(list(takewhile(bool, map(eq, drawn.tolist(), pixels[i:last - 1].tolist()))))
         pixels[i:last] = drawn
-        logits, known, i = logits[right - 1:right], last, i + right
-        yield right
+        logits, known, i = logits[accepted - 1:accepted], last, i + accepted
+        yield accepted
 
 
 def paint_on_cuda(model, images, seeds, draw, first, stretch=512, steps=32):
-    """The same where launching a kernel takes longer than running it: CUDA graphs of so many steps each.
+    """paint_cached as CUDA graphs of so many steps each, for GPUs that take longer to launch a kernel than to run it.
 
-    A graph only repeats itself: where it stands is a number in memory, and full attention goes up to the end of a stretch
+    A graph repeats the very same work, so the pixel is a number in a tensor, and full attention always covers a whole stretch
     of pixels, those to come masked. On a CPU the steps run one by one, which tests all but the capture.
     """
     decoder = Decoder(model, len(images))
     logits = decoder.prefill(images[:, :first])
     images[:, first] = draw(logits, gumbel_noise(seeds, first, 1, logits.size(-1))[0])
     yield 1
-    pixel = torch.tensor([first], device=images.device)  # the last that stands
+    pixel = torch.tensor([first], device=images.device)  # the newest that is painted
 
     def paint(noises, length):  # a pixel for each of them
         for noise in noises:
@@ -513,8 +502,8 @@ class Decoder:
         if c.neighbours or c.relative_colours:  # the pixels so far with an edge around them, as in GPT.around
             stride = c.width + 6
             self.canvas = torch.full((B, (self.height + 3) * stride), c.vocab_size, device=weight.device)
-            self.place = torch.arange(self.canvas.size(1), device=weight.device).view(-1, stride)[3:, 3:-3].flatten()  # (N,)
-            self.neighbours = self.place[:, None] + torch.tensor([y * stride + x for y, x in NEIGHBOURS], device=weight.device)  # (N, 24)
+            self.on_canvas = torch.arange(self.canvas.size(1), device=weight.device).view(-1, stride)[3:, 3:-3].flatten()  # (N,)
+            self.neighbours = self.on_canvas[:, None] + torch.tensor([y * stride + x for y, x in NEIGHBOURS], device=weight.device)  # (N, 24)
 
     def prefill(self, tokens):
         """Prompts (B, T) -> logits of the pixel after them, (B, V); keys and values of all of it are kept."""
@@ -527,17 +516,17 @@ class Decoder:
                 qkv = qkv[:, :, T // (2 * self.width), None]
             kv[..., :qkv.size(4), :] = qkv[1:]
         if hasattr(self, 'canvas'):
-            self.canvas[:, self.place[:T]] = tokens
+            self.canvas[:, self.on_canvas[:T]] = tokens
         return x[:, -1] @ weight.t()
 
-    def where(self, kind, position, W, length):
-        """Lane and slot of a position and what W positions from it on may not see of their lane: (lane, slot, mask or None)."""
+    def place(self, kind, position, W, length):
+        """Where keys and values of a position go, and what W positions from it on may not see there: (lane, slot, mask or None)."""
         lane, slot = 0 * position, position
         if kind == 'local':
             slot = position % (2 * self.width)
         elif kind == 'column':
             lane, slot = position % self.width, position // self.width
-        if isinstance(position, int):  # what comes after all of them is not even looked at
+        if isinstance(position, int):  # later slots are cut off, so that positions of one pass need a mask only among themselves
             return lane, slot, None if W == 1 or kind == 'column' else self.later[:W, self.later.size(1) - len(self.later) - slot:][:, :slot + W]
         later = self.span[None, :min(self.lanes[kind][1], length)] > slot  # (1, length)
         return lane, slot, torch.where(later, -math.inf, 0.0).to(self.head.dtype)
@@ -550,16 +539,16 @@ class Decoder:
         (B, W), c, graph = tokens.shape, self.model.config, isinstance(pixel, torch.Tensor)
         rows = lambda table, i: table.index_select(0, i) if graph else table.narrow(0, i, W)
         position = pixel - int(not c.start_embedding)
-        where = {kind: self.where(kind, position, W, length) for kind in self.lanes}
+        places = {kind: self.place(kind, position, W, length) for kind in self.lanes}
         x = torch.embedding(self.colours, tokens) + rows(self.positions, position)
         x = x.view(B * W, -1)  # (B * W, C)
         if c.neighbours or c.relative_colours:
-            self.canvas.index_copy_(1, rows(self.place, pixel - 1), tokens)
+            self.canvas.index_copy_(1, rows(self.on_canvas, pixel - 1), tokens)
             around = self.canvas.index_select(1, rows(self.neighbours, pixel).view(-1)).view(B * W, -1)  # (B * W, 24)
         if c.neighbours:
             x = self.stem_proj(F.gelu(torch.embedding(self.stem, torch.add(self.kth, around[:, :c.neighbours], alpha=c.neighbours)).sum(1)), x)
         for (kind, ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), kv in zip(self.blocks, self.kv):
-            lane, slot, mask = where[kind]
+            lane, slot, mask = places[kind]
             L, S = (W, 1) if kind == 'column' else (1, W)  # lanes and slots that the W positions take
             qkv = c_attn(ln_1(x)).view(B, L, S, 3, self.n_head, -1).permute(3, 0, 1, 4, 2, 5)  # (3, B, L, nh, S, hs)
             if graph:
@@ -598,8 +587,8 @@ def linear(module):
 def images_at_once(config, weight):
     """How many images are painted side by side: on CUDA as many as half of the free memory holds, else 8.
 
-    Keys and values of a 64x64 image are 16.8 MB in float32 (4 layers of width 128), of 8 images 134 MB. More than
-    the last cache of a CPU are read from main memory for every pixel, and nothing is gained.
+    With full attention, keys and values of a 64x64 image are 16.8 MB in float32 (4 layers of width 128). What does not fit into
+    the caches of a CPU is read from main memory for every pixel, and larger batches gain nothing.
     """
     if weight.device.type != 'cuda':
         return 8
@@ -608,15 +597,18 @@ def images_at_once(config, weight):
 
 
 @contextmanager
-def cpu_settings(batch):
-    """Two threads for one image, as many as there are images for more: one pixel is little work to share. And none of
-    oneDNN, which takes five times as long for so few numbers."""
-    threads, mkldnn = torch.get_num_threads(), torch.backends.mkldnn.enabled
+def painting(model, batch):
+    """No gradients, no dropout, no autocast. On a CPU two threads for one image, as many as there are images for more, for one pixel
+    is little work to share; and none of oneDNN, which takes five times as long for so few numbers."""
+    training, threads, mkldnn = model.training, torch.get_num_threads(), torch.backends.mkldnn.enabled
+    model.eval()
     torch.set_num_threads(min(threads, max(batch, 2)))
     torch.backends.mkldnn.enabled = False
     try:
-        yield
+        with torch.inference_mode(), torch.autocast(model.lm_head.weight.device.type, enabled=False):
+            yield
     finally:
+        model.train(training)
         torch.set_num_threads(threads)
         torch.backends.mkldnn.enabled = mkldnn
 

@@ -24,13 +24,13 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import extras  # noqa: E402
-from model import Decoder, choose, cpu_settings, images_at_once, paint_ahead, restrict  # noqa: E402
+from model import Decoder, choose, images_at_once, paint_ahead, painting, restrict  # noqa: E402
 
 
 def clock(device):
     """Seconds, when all that has been asked of the device is done."""
-    if device.startswith('cuda'):
-        torch.cuda.synchronize()
+    if device != 'cpu':
+        torch.accelerator.synchronize()
     return time.perf_counter()
 
 
@@ -96,7 +96,7 @@ def first_picture(ckpt):
 def profile(model, device):
     """What a pass of four pixels in the middle of an image is made of."""
     N, tokens = model.config.tokens_per_image, torch.zeros(1, 4, dtype=torch.long, device=device)
-    with torch.inference_mode(), cpu_settings(1):
+    with painting(model, 1):
         decoder = Decoder(model, 1, 4)
         step = lambda i: choose(restrict(decoder.decode(tokens, N // 2 + i % 60)[0]), 0.0)
         for i in range(100):
@@ -119,7 +119,7 @@ def windows(model):
         passes = seconds = 0
         for seed in range(4):
             image = torch.full((1, N), 0xFEC)
-            with torch.inference_mode(), cpu_settings(1):
+            with painting(model, 1):
                 began = time.perf_counter()
                 passes += sum(1 for _ in paint_ahead(model, image, torch.tensor([seed]), lambda logits, noise: choose(restrict(logits), noise), 1, window))
                 seconds += time.perf_counter() - began
@@ -156,9 +156,7 @@ def main():
         tqdm.write(f'| {batch} | {seconds / batch:.3g} | {batch * model.config.tokens_per_image / seconds:,.0f} | {plain / batch:.3g} | {plain / seconds:.0f} | {ahead:.2f} | {ends} | '
                    f'{least / batch:.2g} | {least / seconds:.0%} | {bandwidth / 1e9:.0f} |', file=sys.stdout)
         if batch == 1 and start_up:
-            first = f'sample.py writes its first picture {start_up:.1f} s after enter, {start_up - seconds:.1f} s of them start-up; with that, the plain loop takes {(plain + start_up - seconds) / start_up:.0f} times as long.'
-    if start_up:
-        print(f'\n{first}')
+            tqdm.write(f'\nsample.py writes its first picture {start_up:.1f} s after enter, {start_up - seconds:.1f} s of them start-up; with that, the plain loop takes {(plain + start_up - seconds) / start_up:.0f} times as long.', file=sys.stdout)
 
 
 if __name__ == '__main__':

@@ -53,9 +53,9 @@ def measure(which, batch, dtype, device, steps):
             optimizer.step()
             optimizer.zero_grad()
         if device != 'cpu':
-            torch.cuda.synchronize()
+            torch.accelerator.synchronize()
         seconds.append(time.perf_counter() - began)
-    peak = torch.cuda.max_memory_allocated() / 1e6 if device != 'cpu' else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    peak = torch.cuda.max_memory_allocated() / 1e6 if device.startswith('cuda') else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     print(min(seconds), peak, sum(p.numel() for p in model.parameters()), str(dtype).removeprefix('torch.'))
 
 

@@ -311,6 +311,19 @@ def test_the_same_seed_paints_the_same_in_batches_of_any_size():
     assert (paint(6) != model.generate(prompt, generator=torch.Generator().manual_seed(6))).any()
 
 
+def test_dropout_is_for_training_alone():
+    model, prompt = small(std=0.2, dropout=0.5).train(), images(2)[:, :SIDE]
+    paint = lambda **options: model.generate(prompt, generator=torch.Generator().manual_seed(3), **options)
+    assert paint().equal(paint()) and paint().equal(paint(use_cache=False)) and model.training
+
+
+def test_a_model_in_half_precision_paints():
+    # as on a GPU; the prompt is long enough for the other way through the stem
+    model, prompt = small('local column', tokens=4096, std=0.2).bfloat16(), images(3, side=64)[:, :4000]
+    painted = model.generate(prompt, 96, generator=torch.Generator().manual_seed(3))
+    assert painted.shape == (3, 4096) and len(painted[:, 4000:].unique()) > 5
+
+
 def test_greedy_takes_the_likeliest_colour_whatever_the_noise():
     model, prompt = small(std=0.2), images(2)[:, :SIDE]
     one, two = (model.generate(prompt, temperature=0, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
@@ -332,7 +345,7 @@ def test_part_of_an_image_and_what_does_not_fit():
     with pytest.raises(ValueError, match='make it a multiple'):
         GPT(GPTConfig(n_embd=30, n_head=4))
     for args, message in ((dict(attention='locl'), 'name the layers'), (dict(neighbours=25), 'from 0 to 24'), (dict(neighbours=3, start_embedding=False), 'need start_embedding'),
-                          (dict(attention='local', block_size=65 * 65, width=65), 'odd number'), (dict(row_column_positions=True, block_size=100), 'whole rows')):
+                          (dict(attention='local', block_size=65 * 65, width=65), 'even number'), (dict(row_column_positions=True, block_size=100), 'whole rows')):
         with pytest.raises(ValueError, match=message):
             GPT(GPTConfig(**args))
 
