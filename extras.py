@@ -33,7 +33,9 @@ def run(main):
         main()
     except UserError as e:
         sys.exit(f'error: {e}')
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as e:  # torch's own are RuntimeErrors
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and 'allocate memory' not in str(e):
+            raise
         sys.exit('error: out of memory: for train.py use more --gradient_accumulation_steps or a smaller --eval_batch_size; '
                  'for sample.py free some, or use --device=cpu')
     except OSError as e:  # no such folder, no permission, disk full
@@ -63,7 +65,7 @@ def parse_pixel(text):
     if len(digits) == 3 and all(c in '0123456789abcdef' for c in digits):
         return int(digits, 16)
     try:
-        return int(pack_rgb(ImageColor.getrgb(text)[:3]))
+        return int(pack_rgb(np.minimum(ImageColor.getrgb(text)[:3], 255)))  # Pillow lets rgb(300, 0, 0) pass
     except ValueError:
         raise UserError(f"--first_pixel {text!r} is no colour: give three hex digits (FEC), a web colour ('#f0e0c0') "
                         "or 'sample' to draw it from the model") from None
@@ -83,11 +85,11 @@ def load_rgb(file, size):
     CMYK and wide-gamut colours go to sRGB through the profile that the file brings. Raises whatever Pillow raises.
     """
     with Image.open(file) as image:
-        # a large JPEG is decoded at 1/2, 1/4 or 1/8, so that at least 4 pixels are left for one
+        # a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which leaves at least 4 pixels for one of ours
         draft = image.draft(None, (4 * size, 4 * size))
         image.load()
         upright = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))  # read now: a TIFF is turned while it loads
-        w, h = draft[1][2:] if draft else image.size  # of a draft, as much of the last column and row as is real
+        w, h = draft[1][2:] if draft else image.size  # a draft's size is rounded up: this is the exact one, with a fraction
         side = min(w, h)
         left, top = (w - side) / 2, (h - side) / 2
         square = _flatten(image).resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
@@ -314,7 +316,7 @@ def load_config(cls, argv=None, description=None):
     """Command line -> cls: its defaults, then config files in order, then --key=value. Raises UserError.
 
     Folders in defaults and config files are meant from the repository, so that a command does the same from wherever
-    it is called; what is typed is meant from where one stands.
+    it is called; folders that are typed are meant from the current one.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     parser = Parser(description=description)
@@ -329,7 +331,7 @@ def load_config(cls, argv=None, description=None):
     if os.getcwd() != ROOT:
         values.update({name: os.path.join(ROOT, value) for name, value in values.items() if name.endswith('_dir')})
     for name, text in typed.items():
-        values[name] = _check(_parse(text, fields[name].type), fields[name].type, f'--{name}')
+        values[name] = _coerce(_parse(text, fields[name].type), fields[name].type, f'--{name}')
     return cls(**values)
 
 
@@ -361,7 +363,7 @@ def read_config(path, fields):
             value = eval(compile(ast.Expression(line.value), path, 'eval'), {'__builtins__': {}}, values)
         except Exception as e:
             raise UserError(f'{e}{where}') from None
-        values[name] = _check(value, fields[name].type, name + where)
+        values[name] = _coerce(value, fields[name].type, name + where)
     return values
 
 
@@ -370,7 +372,7 @@ def _kind(kind):
 
 
 def _parse(text, kind):
-    """What was typed -> a value; text that is no value of its kind is left to _check."""
+    """What was typed -> a value; text that is no value of its kind is left to _coerce."""
     if kind is str:
         return text
     try:
@@ -379,7 +381,7 @@ def _parse(text, kind):
         return text
 
 
-def _check(value, kind, where):
+def _coerce(value, kind, where):
     """value as kind, a type or a union of types; a whole number will do for a float, a list for a tuple of whole numbers."""
     if kind is float and type(value) is int:
         value = float(value)
@@ -396,11 +398,11 @@ def pick_device(name='auto'):
     """'auto', 'cuda', 'cuda:1', 'mps' or 'cpu' -> the name of a device that is really there. Raises UserError."""
     if name == 'auto':
         return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError):  # a torch without CUDA raises AssertionError
-        raise UserError(f'device {name!r} is not to be had on this machine: use --device=auto or --device=cpu') from None
-    return name
+    if name.split(':')[0] in ('cuda', 'mps', 'cpu'):
+        with contextlib.suppress(RuntimeError, AssertionError):  # a torch without CUDA raises AssertionError
+            torch.empty(1, device=name)
+            return name
+    raise UserError(f'device {name!r} is not to be had on this machine: use --device=auto or --device=cpu')
 
 
 def pick_dtype(name, device):

@@ -8,6 +8,7 @@
 """
 import contextlib
 import csv
+import datetime
 import functools
 import glob
 import math
@@ -54,7 +55,7 @@ class TrainConfig:
     min_lr: float = key(6e-5, 'end of the schedule, at max_iters')
     muon_lr: float = key(0.0, 'peak for the matrices of the blocks, which Muon updates then, on the same schedule (0: AdamW for all)')
     warmup_iters: int = key(200, 'iterations of the warm-up')
-    weight_decay: float = key(0.1, 'of matrices and embeddings')
+    weight_decay: float = key(0.1, "AdamW's, of embeddings and of the matrices that are not Muon's")
     beta1: float = key(0.9, 'AdamW: memory of the gradient')
     beta2: float = key(0.95, 'AdamW: memory of its square')
     grad_clip: float = key(1.0, 'largest norm of a gradient (0: any)')
@@ -128,7 +129,6 @@ def evaluate(model, data, config, device, autocast, rank, world_size):
 @torch.no_grad()
 def paint_samples(model, data, config, meta, path):
     """A sheet of num_samples images; the noise is the same at every evaluation, so that one sees the model change."""
-    model.eval()
     prompts = np.zeros((config.num_samples, 0))
     if not config.start_embedding:  # the first pixels of real images
         prompts = np.resize(data[:config.num_samples, :1], (config.num_samples, 1)).astype(np.int64)
@@ -137,7 +137,6 @@ def paint_samples(model, data, config, meta, path):
         tokens = model.generate(torch.from_numpy(prompts), generator=generator, progress=bar.update)
     images = tokens.reshape(-1, meta['height'], meta['width'])
     extras.save_picture(extras.sheet([extras.to_image(image, scale=2) for image in images]), path)
-    model.train()
 
 # -----------------------------------------------------------------------------
 # the log
@@ -174,23 +173,22 @@ def plot_log(path, png):
         figure.savefig(f, format='png', dpi=100, bbox_inches='tight')
     plt.close(figure)
 
-
-def duration(seconds):
-    """Seconds -> '2h03m', '4m10s'."""
-    h, m, s = int(seconds) // 3600, int(seconds) // 60 % 60, int(seconds) % 60
-    return f'{h}h{m:02d}m' if h else f'{m}m{s:02d}s'
-
 # -----------------------------------------------------------------------------
 
 def check(config, world_size):
     """Values that have the right type and still make no sense. Raises UserError."""
     positive = ('n_layer', 'n_head', 'n_embd', 'batch_size', 'gradient_accumulation_steps', 'max_iters', 'learning_rate',
                 'log_interval', 'eval_batch_size', 'num_samples', 'keep_checkpoints')
-    extras.check_values(config, muon_lr=('0 or more', config.muon_lr >= 0), **{name: ('more than 0', getattr(config, name) > 0) for name in positive})
+    not_negative = ('muon_lr', 'min_lr', 'warmup_iters', 'weight_decay', 'grad_clip', 'eval_interval')
+    below_one = ('dropout', 'beta1', 'beta2')
     pieces = world_size * config.gradient_accumulation_steps
     extras.check_values(
-        config, batch_size=(f'a multiple of {pieces}: {world_size} processes x --gradient_accumulation_steps={config.gradient_accumulation_steps}', config.batch_size % pieces == 0),
-        dropout=('0 or more and less than 1', 0 <= config.dropout < 1), seed=('0 or more', 0 <= config.seed < 2 ** 63))
+        config, **{name: ('more than 0', getattr(config, name) > 0) for name in positive},
+        **{name: ('0 or more', getattr(config, name) >= 0) for name in not_negative},
+        **{name: ('0 or more and less than 1', 0 <= getattr(config, name) < 1) for name in below_one},
+        seed=('from 0 to 2 ** 63 - 1', 0 <= config.seed < 2 ** 63))
+    extras.check_values(config, batch_size=(
+        f'a multiple of {pieces}: {world_size} processes x --gradient_accumulation_steps={config.gradient_accumulation_steps}', config.batch_size % pieces == 0))
 
 
 def find_checkpoint(config):
@@ -211,7 +209,7 @@ def main(argv=None):
     check(config, world_size)
     device = extras.pick_device(config.device)
     if world_size > 1:
-        if device == 'cuda':
+        if device.startswith('cuda'):
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
         device = 'cpu' if device == 'mps' else device
@@ -248,7 +246,7 @@ def main(argv=None):
         path = find_checkpoint(config)
         checkpoint = extras.load_checkpoint(path, device)
         for name, value in model_args.items():
-            theirs = getattr(GPTConfig(**checkpoint['model_args']), name)
+            theirs = checkpoint['model_args'].get(name, getattr(GPTConfig, name, None))
             if theirs != value and name != 'dropout':
                 raise UserError(f"{path} has {name}={theirs}, this run {name}={value}: resume with the config (and data) it was made with")
         if 'optimizer' not in checkpoint or 'run' not in checkpoint:
@@ -263,6 +261,8 @@ def main(argv=None):
             scaler.load_state_dict(checkpoint['scaler'])
         iteration, best_val_loss = checkpoint['iter_num'], checkpoint['best_val_loss']
         seconds, best_iter, saved = (checkpoint['run'][name] for name in ('seconds', 'best_iter', 'saved'))
+        if os.path.realpath(os.path.dirname(path)) != os.path.realpath(config.out_dir):  # what lies here is of another run
+            best_val_loss, best_iter, saved = math.inf, None, []
         if iteration >= config.max_iters:
             raise UserError(f'{path} has done all {iteration} iterations: raise --max_iters to go on')
         say(f'going on from {path}, iteration {iteration}')
@@ -273,7 +273,7 @@ def main(argv=None):
         say('compiling the model: the first iterations take a minute longer')
         model = torch.compile(model)
     if world_size > 1:
-        model = DDP(model, device_ids=[device] if device.startswith('cuda') else None)
+        model = DDP(model, device_ids=[device] if device.startswith('cuda') else None, broadcast_buffers=False)  # these are constants
 
     positions = sum(p.numel() for p in raw_model.parameters()) - raw_model.num_params()
     say(f"{raw_model.num_params() / 1e6:.2f}M parameters (and {positions / 1e6:.2f}M for positions) on {world_size} x {device}, "
@@ -291,9 +291,11 @@ def main(argv=None):
             wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=asdict(config))
 
     def log(**values):
-        """One row of log.csv."""
+        """One row of log.csv, of a train_loss or a val_loss."""
+        (loss,) = values.values()
         values = dict(iteration=iteration, images=iteration * config.batch_size, tokens=iteration * config.batch_size * meta['tokens_per_image'],
-                      seconds=round(seconds, 2), **values)
+                      seconds=round(seconds, 2), learning_rate=float(f'{get_lr(iteration - 1, config):.4g}'),
+                      bits_per_pixel=round(loss / math.log(2), 5), **values)
         with open(log_path, 'a') as f:
             f.write(','.join(str(values.get(c, '')) for c in COLUMNS) + '\n')
         if wandb:
@@ -314,7 +316,7 @@ def main(argv=None):
         last_step = iteration == config.max_iters
         eval_step = last_step or iteration in config.eval_at or (config.eval_interval > 0 and iteration % config.eval_interval == 0)
 
-        # what a log line tells is the mean of the losses since the one before
+        # a log line tells the mean of the losses since the one before
         if iteration > first and (eval_step or iteration % config.log_interval == 0):
             mean = loss_sum / loss_count
             if world_size > 1:
@@ -326,9 +328,9 @@ def main(argv=None):
             images = loss_count * config.batch_size / took
             left = (time.time() - began) / (iteration - first) * (config.max_iters - iteration)
             say(f"iter {iteration} | loss {train_loss:.4f} | {train_loss / math.log(2):.3f} bits/pixel | {images:.2f} images/s | "
-                f"{images * meta['tokens_per_image']:,.0f} tokens/s | {duration(left)} left")
+                f"{images * meta['tokens_per_image']:,.0f} tokens/s | {datetime.timedelta(seconds=int(left))} left")
             if master:
-                log(learning_rate=f'{get_lr(iteration - 1, config):.4g}', train_loss=round(train_loss, 5), bits_per_pixel=round(train_loss / math.log(2), 5))
+                log(train_loss=round(train_loss, 5))
             loss_sum.zero_()
             loss_count, window = 0, time.time()
 
@@ -340,7 +342,7 @@ def main(argv=None):
                 best_val_loss, best_iter = val_loss, iteration
             saved.append(iteration)
             if master:
-                log(learning_rate=f'{get_lr(iteration - 1, config):.4g}', val_loss=round(val_loss, 5), bits_per_pixel=round(val_loss / math.log(2), 5))
+                log(val_loss=round(val_loss, 5))
                 path = os.path.join(config.out_dir, f'ckpt{iteration}.pt')
                 extras.save_checkpoint(dict(
                     model=raw_model.state_dict(), optimizer=optimizers[0].state_dict(),

@@ -144,6 +144,14 @@ def test_old_checkpoints_go_but_not_the_best(data, tmp_path):
     assert {p.name for p in tmp_path.glob('ckpt*.pt')} == {'ckpt8.pt', 'ckpt18.pt', 'ckpt999.pt'}
 
 
+def test_going_on_in_another_folder_leaves_alone_what_lies_there(data, trained, tmp_path):
+    (tmp_path / 'ckpt10.pt').write_bytes(b'of another run')
+    out = run(data, tmp_path, f'--init_from={trained}/ckpt20.pt', '--max_iters=24', '--eval_interval=2', '--keep_checkpoints=1', '--learning_rate=1', '--min_lr=1')
+    assert (tmp_path / 'ckpt10.pt').read_bytes() == b'of another run' and (trained / 'ckpt10.pt').exists()
+    best = out.split('--ckpt ')[1].strip()
+    assert best.startswith(str(tmp_path)) and load(best)['iter_num'] > 20  # what it says to paint with is there
+
+
 # -----------------------------------------------------------------------------
 # resuming
 
