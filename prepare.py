@@ -389,7 +389,7 @@ def write_dataset(source, description, args, staging):
 
 
 def publish(staging, out_dir):
-    """Move the finished files into out_dir. meta.pkl leaves first and returns last: no mixture ever passes for a data set."""
+    """Move the finished files into out_dir. meta.pkl is removed first and comes last, so that no mixture of old and new files ever loads."""
     if hasattr(signal, 'pthread_sigmask'):  # not even Ctrl-C comes between
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     meta = os.path.join(out_dir, 'meta.pkl')

@@ -56,7 +56,7 @@ def paint(model, prompt, args):
 
 
 def page(images, pixels, shape, scale, whole=None):
-    """Images (n, tokens_per_image) of which the first pixels stand yet, the rest grey -> a sheet as PIL image.
+    """Images (n, tokens_per_image) with only so many of their first pixels, the rest grey -> a sheet as PIL image.
 
     A completion is shown in one row, between its context and the whole original (tokens, with their number in context).
     """
@@ -94,6 +94,8 @@ def main(argv=None):
         raise UserError('--image brings its first pixel along: leave out --first_pixel')
     stem, ending = os.path.splitext(args.out)
     extras.picture_format(args.out)
+    if args.gif and ending.lower() == '.gif':
+        raise UserError(f'--gif writes {stem}.gif: end the name of the sheet, --out, in .png')
     extras.make_folder(os.path.dirname(args.out) or '.')
 
     device = extras.pick_device(args.device)
@@ -122,7 +124,7 @@ def main(argv=None):
         extras.save_picture(page(images, height * width, shape, args.scale, whole), args.out)
         print(f'wrote {path}, the last of {len(images)}, and {args.out}')
     if args.gif:
-        frames = [page(images, pixels, shape, args.scale, whole) for pixels in range(len(prompt), height * width + 1, width)]
+        frames = [page(images, pixels, shape, args.scale, whole) for pixels in (*range(len(prompt), height * width, width), height * width)]
         extras.save_picture(frames[0], stem + '.gif', save_all=True, append_images=frames[1:], duration=[60] * (len(frames) - 1) + [2000], loop=0)
         print(f'wrote {stem}.gif')
 

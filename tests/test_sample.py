@@ -79,8 +79,9 @@ def test_a_photograph_on_its_side_is_completed_upright(ckpt, tmp_path):
     assert (tokens(tmp_path / 'a.png')[2:10, 20:36] == original[:8]).all()
 
 
-def test_the_animation_paints_row_by_row(ckpt, tmp_path):
-    call('sample.py', '--ckpt', ckpt, '--num_samples', 2, '--out', tmp_path / 'a.png', '--gif', '--scale', 2)
+@pytest.mark.parametrize('first_pixel', ['sample', 'FEC'])
+def test_the_animation_paints_row_by_row(ckpt, tmp_path, first_pixel):
+    call('sample.py', '--ckpt', ckpt, '--num_samples', 2, '--out', tmp_path / 'a.png', '--gif', '--scale', 2, '--first_pixel', first_pixel)
     with Image.open(tmp_path / 'a.gif') as animation:
         frames = []
         for i in range(animation.n_frames):
@@ -91,7 +92,8 @@ def test_the_animation_paints_row_by_row(ckpt, tmp_path):
     assert frames[0].shape == final.shape and np.abs(frames[-1] - final).mean() < 8  # 256 colours a frame
     for i, frame in enumerate(frames):
         grey = np.abs(frame - 102).max(-1) <= 12
-        assert grey[2 + 2 * i:34, 2:34].all()  # below the rows that stand
+        assert grey[2 + 2 * i + 2 * (first_pixel == 'FEC'):34, 2:34].all()  # below the rows that stand
+    assert not (np.abs(frames[-1] - 102).max(-1) <= 12)[32:34, 4:34].all()  # in the end none is left
 
 
 def test_the_ancestors_checkpoint_paints_without_a_data_folder(tmp_path):
