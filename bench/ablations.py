@@ -51,7 +51,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data_dir', default='data/photos32')
     parser.add_argument('--out_dir', default='out/ablations', type=Path)
-    parser.add_argument('--images', type=int, default=1200)
+    parser.add_argument('--images', type=int, default=1200, help='200 or more')
     parser.add_argument('--seeds', type=int, nargs='*', default=[1, 2])
     parser.add_argument('--adamw_lr', type=float, default=3e-3)
     parser.add_argument('--only', nargs='*', help='names of models')
@@ -62,7 +62,7 @@ def main():
         if args.only and name not in args.only:
             continue
         common = [f'--data_dir={args.data_dir}', '--batch_size=2', f'--max_iters={args.images // 2}', '--eval_at=()', '--num_samples=1', *options]
-        scores, speeds = zip(*(run((args.out_dir / f'{name}-{args.images}-{seed}'.replace(' ', '_')).resolve(), [*common, f'--seed={seed}']) for seed in args.seeds))
+        scores, speeds = zip(*(run((args.out_dir / f'{name}-{Path(args.data_dir).name}-{args.images}-{args.adamw_lr}-{seed}'.replace(' ', '_')).resolve(), [*common, f'--seed={seed}']) for seed in args.seeds))
         mean = sum(scores) / len(scores)
         base = mean if base is None or name == 'recommended' else base
         print(f'| {name} | {" | ".join(f"{s:.3f}" for s in scores)} | {mean:.3f} | {mean - base:+.3f} | {max(speeds):.1f} |', flush=True)

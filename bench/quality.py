@@ -7,8 +7,9 @@
 Every set is compared with the same validation images, drawn at random. The column "floor" does so with as many training images: what two sets of
 real photographs differ by. `frequencies` is a bad model on purpose: pixels that know nothing of each other, as frequent as in the
 training images. Real images are tokens too, so that all went through the same quantisation. What a row means stands at its function.
-With several checkpoints of one run, out/quality/run.png shows what is seen over iterations and over bits per pixel; out/quality/pairs.png shows the eight
-samples that are closest to a training image, and that image.
+With several checkpoints of one run, out/quality/run.png shows what is seen over iterations and over bits per pixel, and out/quality/training.png
+nine samples of each, a row a checkpoint, a column with the same noise; out/quality/pairs.png shows the eight samples (of the last model) that are closest to a
+training image, and that image.
 """
 import argparse
 import math
@@ -302,7 +303,7 @@ def main():
     columns = {'validation': {'anisotropy': anisotropy(levels(real)), 'P(equal to the left)': equal_left(real), 'P(equal to the one above)': equal_above(real),
                               'power spectrum, slope': spectrum_slope(levels(real))},
                'floor': compare(train[floor], real, left_out)}
-    iterations = {}
+    iterations, rows = {}, []
     for path in args.ckpt:
         if path == 'frequencies':
             tokens, own, theirs = frequencies(train, real)
@@ -312,14 +313,17 @@ def main():
         model = extras.build_model(checkpoint, path, device)
         on_real = bits(model, real, 'validation')
         for text in args.sampling:
-            name = Path(path).stem if text == 'plain' else f'{Path(path).stem} {text}' if len(args.ckpt) > 1 else text
+            model_name = path if len({Path(p).stem for p in args.ckpt}) < len(args.ckpt) else Path(path).stem
+            name = model_name if text == 'plain' else f'{model_name} {text}' if len(args.ckpt) > 1 else text
             tokens = paint(model, real, sampling(text))
             columns[name] = {**compare(tokens, real, points), 'bits per pixel, validation': on_real, 'bits per pixel, its samples': bits(model, tokens, 'samples')}
             iterations[name] = checkpoint.get('iter_num', 0)
             print(f'{name} after {(time.time() - began) / 60:.0f} min', file=sys.stderr)
             pairs(tokens, train, args.out / 'pairs.png')
-    if len(iterations) > 1:
+            rows += [extras.to_image(image) for image in tokens[:9]]
+    if len(set(iterations.values())) > 1:
         plot(columns, iterations, args.out / 'run.png')
+        extras.save_picture(extras.sheet(rows, 9), str(args.out / 'training.png'))
     print(f'{n} images in each set\n\n| measure | {" | ".join(columns)} |\n|---|{"---|" * len(columns)}')
     for measure in list(columns.values())[-1]:
         print(f'| {measure} | ' + ' | '.join(f'{column[measure]:.3g}' if measure in column else '' for column in columns.values()) + ' |')
