@@ -4,11 +4,13 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import glob
 import importlib.util
 import io
 import os
 import pickle
 import sys
+import tempfile
 import typing
 
 import numpy as np
@@ -22,6 +24,11 @@ VOCAB_SIZE = 4096  # 16 levels of red x 16 of green x 16 of blue; a constant, wh
 
 # -----------------------------------------------------------------------------
 # mistakes: one line, never a traceback
+
+def brief(e, length=160):
+    """An exception as one short line."""
+    return ' '.join(str(e).split())[:length] or type(e).__name__
+
 
 class UserError(Exception):
     """Something the person at the keyboard can put right; the message says how."""
@@ -88,7 +95,7 @@ def load_rgb(file, size):
         # a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which leaves at least 4 pixels for one of ours
         draft = image.draft(None, (4 * size, 4 * size))
         image.load()
-        upright = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))  # read now: a TIFF is turned while it loads
+        upright = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))  # read after load(), which turns a TIFF and takes this away
         w, h = draft[1][2:] if draft else image.size  # a draft's size is rounded up: this is the exact one, with a fraction
         side = min(w, h)
         left, top = (w - side) / 2, (h - side) / 2
@@ -164,10 +171,7 @@ def make_folder(path):
     """Create a folder if need be and make sure that it can be written to, before hours of work depend on it."""
     try:
         os.makedirs(path, exist_ok=True)
-        probe = os.path.join(path, f'.probe{os.getpid()}')
-        with open(probe, 'w'):
-            pass
-        os.remove(probe)
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as e:
         raise UserError(f'cannot write to the folder {path} ({e.strerror}): choose another one') from None
 
@@ -202,9 +206,8 @@ def load_meta(data_dir):
     try:
         with open(path, 'rb') as f:
             meta = _PlainUnpickler(f).load()
-        height, width, tokens, _, _ = (int(meta[name]) for name in ('height', 'width', 'tokens_per_image', 'train_images', 'val_images'))
-        if tokens != height * width:
-            raise ValueError('tokens_per_image is not height * width')
+        if meta['tokens_per_image'] != meta['height'] * meta['width'] or min(meta['train_images'], meta['val_images']) < 1:
+            raise ValueError('its numbers make no data set')
     except Exception as e:  # a damaged pickle can raise nearly anything
         raise UserError(f'{path} is damaged or no plain dictionary ({type(e).__name__}: {e}): prepare the data again') from None
     if meta.get('vocab_size') != VOCAB_SIZE:
@@ -221,8 +224,6 @@ def load_tokens(data_dir, split, meta):
     if size != images * row:
         raise UserError(f'{path} holds {size:,} bytes, not {images:,} whole images of {row:,} bytes as meta.pkl says: '
                         'it was cut short or belongs to another data set; prepare the data again')
-    if images == 0:
-        raise UserError(f'{path} holds no image: prepare the data again from more pictures')
     return np.memmap(path, dtype='<u2', mode='r').reshape(images, -1)
 
 
@@ -235,7 +236,7 @@ def save_checkpoint(checkpoint, path):
 def load_checkpoint(path, device='cpu'):
     """A file of save_checkpoint, or of nanoGPT, -> dict; nothing in it can run code. Raises UserError."""
     if not os.path.isfile(path):
-        there = sorted(n for n in _names(os.path.dirname(path) or '.') if n.endswith('.pt'))
+        there = sorted(glob.glob('*.pt', root_dir=os.path.dirname(path) or '.'))
         raise UserError(f"no checkpoint {path}: " + (f"there is {', '.join(there)}" if there else 'train one with  python train.py config/landscape.py'))
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
@@ -251,8 +252,7 @@ def load_checkpoint(path, device='cpu'):
         checkpoint.setdefault('width', int(tokens ** 0.5))
         args.setdefault('width', checkpoint['width'])
     except Exception as e:
-        reason = str(e).split('\n')[0][:100]
-        raise UserError(f'{path} is no readable checkpoint ({reason}): it may be half written or hold more than '
+        raise UserError(f'{path} is no readable checkpoint ({brief(e, 100)}): it may be half written or hold more than '
                         'tensors and plain values; use another one') from None
     if args.get('vocab_size') != VOCAB_SIZE:
         raise UserError(f"{path} has a vocabulary of {args.get('vocab_size')}, not of {VOCAB_SIZE} colours: it is not a model of pictures")
@@ -267,13 +267,9 @@ def build_model(checkpoint, path, device):
         model = GPT(GPTConfig(**checkpoint['model_args']))
         model.load_state_dict(checkpoint['model'])
     except (TypeError, ValueError, RuntimeError) as e:
-        reason = ' '.join(str(e).split())[:200]
-        raise UserError(f'{path} does not fit the model of model.py ({reason}): use the version of the code that made it') from None
+        raise UserError(f'{path} does not fit the model of model.py ({brief(e)}): use the version of the code that made it') from None
     return model.to(device).eval()
 
-
-def _names(folder):
-    return os.listdir(folder) if os.path.isdir(folder) else []
 
 # -----------------------------------------------------------------------------
 # configuration: a dataclass declares the keys, files of assignments and --key=value override them
@@ -339,7 +335,7 @@ def read_config(path, fields):
     """A config file -> dict. It is parsed, never run: literals, arithmetic and names assigned above. Raises UserError."""
     path = path if os.path.exists(path) else os.path.join(ROOT, path)
     if not os.path.isfile(path):
-        there = ', '.join(f'config/{n}' for n in sorted(_names(os.path.join(ROOT, 'config'))) if n.endswith('.py'))
+        there = ', '.join(sorted(glob.glob('config/*.py', root_dir=ROOT)))
         raise UserError(f'no config file {path}: there is {there}; overrides are written --key=value')
     values = {}
     try:
@@ -401,8 +397,10 @@ def pick_device(name='auto'):
     if name.split(':')[0] in ('cuda', 'mps', 'cpu'):
         with contextlib.suppress(RuntimeError, AssertionError):  # a torch without CUDA raises AssertionError
             torch.empty(1, device=name)
+            if name.startswith('cuda:'):
+                torch.cuda.set_device(name)  # streams and graphs go to the current one
             return name
-    raise UserError(f'device {name!r} is not to be had on this machine: use --device=auto or --device=cpu')
+    raise UserError(f'device {name!r} is not available on this machine: use --device=auto or --device=cpu')
 
 
 def pick_dtype(name, device):
@@ -412,7 +410,7 @@ def pick_dtype(name, device):
         if cuda:  # is_bf16_supported() also says yes to cards that only emulate it: ask for Ampere or later
             name = 'bfloat16' if torch.cuda.get_device_capability(device) >= (8, 0) else 'float16'
         else:  # a CPU without matrix units (AMX) is ten times slower in bfloat16
-            name = 'bfloat16' if device == 'cpu' and getattr(torch.cpu, '_is_amx_tile_supported', bool)() else 'float32'
+            name = 'bfloat16' if device == 'cpu' and getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)() else 'float32'
     if name not in ('float32', 'bfloat16', 'float16'):
         raise UserError(f'--dtype={name}: choose auto, float32, bfloat16 or float16')
     if (name == 'float16' and not cuda) or (name == 'bfloat16' and device.startswith('mps')):

@@ -15,8 +15,6 @@ Shapes: B images, T pixels, P positions, C = n_embd, nh = n_head, hs = C / nh, V
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import takewhile
-from operator import eq
 
 import torch
 import torch.nn as nn
@@ -33,6 +31,7 @@ NOISE = 32  # pixels that the noise is made for in one go: 4,096 numbers each, w
 
 @dataclass
 class GPTConfig:
+    """What a model is, as in nanoGPT, and its switches. Raises ValueError if they describe none."""
     block_size: int = 4096  # positions: pixels of an image with the start embedding, one less without it
     vocab_size: int = 4096  # 12-bit colours
     n_layer: int = 4
@@ -53,8 +52,13 @@ class GPTConfig:
     def tokens_per_image(self):
         return self.block_size + (not self.start_embedding)
 
-    def check(self):
-        """Raises ValueError if it describes no model."""
+    @property
+    def multiple(self):
+        """What the pixels come in: bands of two rows, whole rows, or, if it does not see in two dimensions, any number."""
+        rows = 2 if 'local' in self.attention else 1 if self.row_column_positions or self.neighbours or self.relative_colours or 'column' in self.attention else 0
+        return rows * self.width or 1
+
+    def __post_init__(self):
         kinds = self.attention.split()
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} cannot be shared by n_head={self.n_head} heads: make it a multiple')
@@ -62,11 +66,10 @@ class GPTConfig:
             raise ValueError(f"attention={self.attention!r}: name the layers' kinds, full, local or column, as in 'local column'")
         if not 0 <= self.neighbours <= len(NEIGHBOURS):
             raise ValueError(f'neighbours={self.neighbours}: give a number from 0 to {len(NEIGHBOURS)}')
-        if self.row_column_positions or self.neighbours or self.relative_colours or set(kinds) != {'full'}:
-            if not self.start_embedding:
-                raise ValueError('row_column_positions, neighbours, relative_colours and attention other than full need start_embedding=True')
-            if self.block_size % self.width or 'local' in kinds and self.block_size % (2 * self.width):
-                raise ValueError(f'{self.block_size} pixels have to be whole rows of {self.width}, and under local attention an even number of them')
+        if self.multiple > 1 and not self.start_embedding:
+            raise ValueError('row_column_positions, neighbours, relative_colours and attention other than full need start_embedding=True')
+        if self.block_size % self.multiple:
+            raise ValueError(f'{self.block_size} pixels have to be whole rows of {self.width}, and under local attention an even number of them')
 
 
 def recomputed(function, x):
@@ -180,7 +183,7 @@ class HeadLoss(torch.autograd.Function):
             probs = logits.exp_()
             total = probs.sum(-1, keepdim=True)
             loss += total.log().sum()
-            if any(ctx.needs_input_grad):
+            if ctx.needs_input_grad[0]:
                 probs /= total
                 probs.scatter_add_(1, targets_, -torch.ones_like(total))  # d loss / d logits
                 dx_.copy_(probs @ weight)
@@ -194,9 +197,6 @@ class HeadLoss(torch.autograd.Function):
         return dx * grad, dweight * grad, None
 
 
-head_loss = HeadLoss.apply
-
-
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal: every direction of a matrix learns equally fast (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
 
@@ -207,8 +207,6 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group['params']:
-                if p.grad is None:
-                    continue
                 if 'momentum' not in self.state[p]:
                     self.state[p]['momentum'] = torch.zeros_like(p)
                 momentum = self.state[p]['momentum'].lerp_(p.grad, 1 - group['momentum'])
@@ -216,12 +214,12 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update, alpha=-group['lr'] * max(1, p.size(0) / p.size(1)) ** 0.5)
 
 
-def orthogonalise(x, steps=5):
+def orthogonalise(x):
     """A matrix -> nearly the orthogonal one next to it: a quintic Newton-Schulz iteration brings all singular values to 0.7 .. 1.2."""
     if x.size(0) > x.size(1):
-        return orthogonalise(x.t(), steps).t()
+        return orthogonalise(x.t()).t()
     x = x / (x.norm() + 1e-7)
-    for _ in range(steps):
+    for _ in range(5):
         square = x @ x.t()
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
     return x
@@ -231,7 +229,6 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        config.check()
         c = self.config = config
         kinds = c.attention.split()
         self.transformer = nn.ModuleDict(dict(
@@ -255,8 +252,8 @@ class GPT(nn.Module):
         self.transformer.wte.weight = self.lm_head.weight  # tied: a colour has one vector, read and written
         if c.relative_colours:  # a score for each difference -15 .. 15, of 3 channels, to the left and upper pixel
             self.rel_head = nn.Linear(c.n_embd, 2 * 3 * (2 * LEVELS - 1))
-        token, level = torch.arange(c.vocab_size), torch.arange(LEVELS)
-        levels = torch.stack((token // LEVELS ** 2 % LEVELS, token // LEVELS % LEVELS, token % LEVELS), dim=1)  # (V, 3)
+        level = torch.arange(LEVELS)
+        levels = torch.cartesian_prod(level, level, level)  # red, green and blue of each colour, (V, 3)
         self.register_buffer('one_hot', F.one_hot(levels, LEVELS).flatten(1).float(), persistent=False)  # (V, 48)
         # which of the 93 scores a level has beside a colour (V + 1, 48); where the image ends all have the same, which changes nothing
         differences = F.pad(level - levels[:, :, None] + LEVELS - 1, (0, 0, 0, 0, 0, 1))  # (V + 1, 3, 16)
@@ -305,8 +302,7 @@ class GPT(nn.Module):
         without. kv as in CausalSelfAttention.
         """
         c, h, T = self.config, self.transformer, tokens.size(1)
-        if c.row_column_positions or c.neighbours or c.relative_colours or c.attention != 'full':  # whole rows, or bands of two:
-            tokens = F.pad(tokens, (0, -T % (c.width * (1 + ('local' in c.attention)))))  # what is added comes after everything else
+        tokens = F.pad(tokens, (0, -T % c.multiple))  # what is added comes after everything else
         colours = self.colours()
         x = F.embedding(tokens[:, :-1], colours)
         if c.start_embedding:
@@ -332,8 +328,7 @@ class GPT(nn.Module):
     def forward(self, tokens):
         """Images, or their first T pixels, (B, T) -> mean cross-entropy of the last P pixels in nats."""
         x, weight = self.features(tokens)
-        weight = weight if torch.is_grad_enabled() else weight.detach()  # HeadLoss cannot see whether gradients are wanted
-        return head_loss(x.flatten(0, 1), weight, tokens[:, -x.size(1):].flatten())
+        return HeadLoss.apply(x.flatten(0, 1), weight, tokens[:, -x.size(1):].flatten())
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, muon_lr=0.0):
         """-> [AdamW] as in nanoGPT: matrices and embeddings decay, gains and biases do not; fused on CUDA.
@@ -369,9 +364,9 @@ class GPT(nn.Module):
         seeds = torch.randint(2 ** 62, (B,), generator=generator, device=generator.device if generator else 'cpu').to(device)
         images = torch.cat((tokens, tokens.new_zeros(B, new)), dim=1)
         draw = lambda logits, noise: choose(restrict(logits, temperature, top_k, top_p), noise)
-        batch = min(B, images_at_once(config, self.lm_head.weight))
+        batch = min(B, images_at_once(self))
         with painting(self, batch):
-            for part, part_seeds in zip(images.split(batch), seeds.split(batch)) if new else ():  # views: what is drawn stands in images
+            for part, part_seeds in zip(images.split(batch), seeds.split(batch)) if new else ():  # views: painting a part writes into images
                 paint = (paint_plainly if not use_cache else paint_on_cuda if device.type == 'cuda'
                          else paint_ahead if device.type == 'cpu' and len(part) == 1 else paint_cached)
                 for pixels in paint(self, part, part_seeds, draw, T):
@@ -411,12 +406,12 @@ def paint_ahead(model, images, seeds, draw, first, window=AHEAD):
 
     The noise of a pixel mostly picks the same colour from the distribution of the pixel before it as from its own: that is a
     guess. A pass takes the next pixel and guesses of those after it, and draws all of them; what it draws stands as far as the
-    guesses before it were right, and the rest are the next guesses. So it is the image of paint_cached, in half the passes.
+    guesses before it were right, and the rest are the next guesses. So it is the image of paint_cached, in some 60 passes for 100 pixels.
     Speculative decoding (Leviathan et al. 2022, arXiv 2211.17192), without a second model; Jacobi iteration (arXiv 2002.03629).
     """
     decoder, pixels, width, V = Decoder(model, 1, window), images[0], model.config.width, model.config.vocab_size
     logits = decoder.prefill(images[:, :first])  # (1, V), the newest
-    i = known = end = first  # pixels that stand; those and the guesses; those that there is noise for
+    i = known = end = first  # decided so far; decided or guessed; those that there is noise for
     while i < len(pixels):
         if i == end:  # no pass goes beyond the end of a row
             begin, end = i, min(i + NOISE, (i // width + 1) * width, len(pixels))
@@ -427,17 +422,17 @@ def paint_ahead(model, images, seeds, draw, first, window=AHEAD):
         if i > first:
             logits = decoder.decode(images[:, i - 1:last - 1], i)[0]  # (W, V)
         drawn = draw(logits, noise[i - begin:last - begin])
-        accepted = 1 + len(list(takewhile(bool, map(eq, drawn.tolist(), pixels[i:last - 1].tolist()))))
+        accepted = 1 + int((drawn[:-1] == pixels[i:last - 1]).cumprod(0).sum())  # one more than guesses that were right
         pixels[i:last] = drawn
         logits, known, i = logits[accepted - 1:accepted], last, i + accepted
         yield accepted
 
 
-def paint_on_cuda(model, images, seeds, draw, first, stretch=512, steps=32):
-    """paint_cached as CUDA graphs of so many steps each, for GPUs that take longer to launch a kernel than to run it.
+def paint_on_cuda(model, images, seeds, draw, first, steps=32):
+    """paint_cached as a CUDA graph of so many steps, for GPUs that take longer to launch a kernel than to run it.
 
-    A graph repeats the very same work, so the pixel is a number in a tensor, and full attention always covers a whole stretch
-    of pixels, those to come masked. On a CPU the steps run one by one, which tests all but the capture.
+    A graph repeats the very same work, so the pixel is a number in a tensor, and attention always covers whole lanes, the
+    pixels to come masked. On a CPU the steps run one by one, which tests all but the capture.
     """
     decoder = Decoder(model, len(images))
     logits = decoder.prefill(images[:, :first])
@@ -445,32 +440,31 @@ def paint_on_cuda(model, images, seeds, draw, first, stretch=512, steps=32):
     yield 1
     pixel = torch.tensor([first], device=images.device)  # the newest that is painted
 
-    def paint(noises, length):  # a pixel for each of them
+    def paint(noises):  # a pixel for each of them
         for noise in noises:
             token = images.index_select(1, pixel)  # (B, 1)
             pixel.add_(1)
-            images.index_copy_(1, pixel, draw(decoder.decode(token, pixel, length)[:, 0], noise)[:, None])
+            images.index_copy_(1, pixel, draw(decoder.decode(token, pixel)[:, 0], noise)[:, None])
 
-    for begin in range(first + 1, images.size(1), stretch):
-        end, graph = min(begin + stretch, images.size(1)), None
-        for i in range(begin, end, steps):
-            fresh = gumbel_noise(seeds, i, min(steps, end - i), logits.size(-1))
-            if not images.is_cuda or len(fresh) < steps:
-                paint(fresh, end)
-            elif i == begin:  # libraries set themselves up in the first steps, which are therefore not captured
-                side = torch.cuda.Stream()
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    paint(fresh, end)
-                torch.cuda.current_stream().wait_stream(side)
-            else:
-                if not graph:
-                    graph, noises = torch.cuda.CUDAGraph(), fresh
-                    with torch.cuda.graph(graph):
-                        paint(noises, end)
-                noises.copy_(fresh)
-                graph.replay()
-            yield len(fresh)
+    graph = None
+    for begin in range(first + 1, images.size(1), steps):
+        fresh = gumbel_noise(seeds, begin, min(steps, images.size(1) - begin), logits.size(-1))
+        if not images.is_cuda or len(fresh) < steps:
+            paint(fresh)
+        elif begin == first + 1:  # libraries set themselves up in the first steps, which are therefore not captured
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                paint(fresh)
+            torch.cuda.current_stream().wait_stream(side)
+        else:
+            if not graph:
+                graph, noises = torch.cuda.CUDAGraph(), fresh
+                with torch.cuda.graph(graph):
+                    paint(noises)
+            noises.copy_(fresh)
+            graph.replay()
+        yield len(fresh)
 
 
 class Decoder:
@@ -479,7 +473,7 @@ class Decoder:
     Keys and values lie in lanes, as in CausalSelfAttention: one of all positions (full), one of the present band (local), or the columns.
     """
 
-    def __init__(self, model, B, ahead=1):  # ahead: most pixels a pass
+    def __init__(self, model, B, ahead=1):  # ahead: pixels a pass, at most
         c, h, weight = model.config, model.transformer, model.lm_head.weight
         self.model, self.n_head, self.width, self.height = model, c.n_head, c.width, c.block_size // c.width
         colours = model.colours()
@@ -488,9 +482,9 @@ class Decoder:
         self.blocks = [(b.attn.kind, norm(b.ln_1), linear(b.attn.c_attn), linear(b.attn.c_proj),
                         norm(b.ln_2), linear(b.mlp.c_fc), linear(b.mlp.c_proj)) for b in h.h]
         lanes = {'full': (1, c.block_size), 'local': (1, 2 * c.width), 'column': (c.width, self.height)}  # how many, how long
-        self.lanes = {kind: lanes[kind] for kind in {b.attn.kind for b in h.h}}
+        self.lanes = {kind: lanes[kind] for kind, *_ in self.blocks}
         # (2, B, lanes, nh, length, hs)
-        self.kv = [weight.new_zeros(2, B, lanes, c.n_head, length, c.n_embd // c.n_head) for lanes, length in (self.lanes[b.attn.kind] for b in h.h)]
+        self.kv = [weight.new_zeros(2, B, n, c.n_head, length, c.n_embd // c.n_head) for n, length in (lanes[kind] for kind, *_ in self.blocks)]
         self.span = torch.arange(c.block_size, device=weight.device)
         self.later = F.pad(weight.new_full((ahead, ahead), -math.inf).triu(1), (c.block_size, 0))  # what the positions of a pass may not see
         if c.neighbours:  # what the hidden layer of the stem gets from each colour as each neighbour, and its bias from the first of them
@@ -519,7 +513,7 @@ class Decoder:
             self.canvas[:, self.on_canvas[:T]] = tokens
         return x[:, -1] @ weight.t()
 
-    def place(self, kind, position, W, length):
+    def place(self, kind, position, W):
         """Where keys and values of a position go, and what W positions from it on may not see there: (lane, slot, mask or None)."""
         lane, slot = 0 * position, position
         if kind == 'local':
@@ -527,19 +521,19 @@ class Decoder:
         elif kind == 'column':
             lane, slot = position % self.width, position // self.width
         if isinstance(position, int):  # later slots are cut off, so that positions of one pass need a mask only among themselves
-            return lane, slot, None if W == 1 or kind == 'column' else self.later[:W, self.later.size(1) - len(self.later) - slot:][:, :slot + W]
-        later = self.span[None, :min(self.lanes[kind][1], length)] > slot  # (1, length)
+            return lane, slot, None if W == 1 or kind == 'column' else self.later[:W, len(self.span) - slot:len(self.span) + W]
+        later = self.span[None, :self.lanes[kind][1]] > slot  # (1, length)
         return lane, slot, torch.where(later, -math.inf, 0.0).to(self.head.dtype)
 
-    def decode(self, tokens, pixel, length=None):
+    def decode(self, tokens, pixel):
         """The pixels (B, W) from the one before pixel on -> logits of as many from pixel on, (B, W, V), all of them in one row.
 
-        pixel is a number or, for a graph, tensor([number]), and W then 1; full attention then goes over the first length positions.
+        pixel is a number or, for a graph, tensor([number]), and W then 1.
         """
         (B, W), c, graph = tokens.shape, self.model.config, isinstance(pixel, torch.Tensor)
         rows = lambda table, i: table.index_select(0, i) if graph else table.narrow(0, i, W)
         position = pixel - int(not c.start_embedding)
-        places = {kind: self.place(kind, position, W, length) for kind in self.lanes}
+        places = {kind: self.place(kind, position, W) for kind in self.lanes}
         x = torch.embedding(self.colours, tokens) + rows(self.positions, position)
         x = x.view(B * W, -1)  # (B * W, C)
         if c.neighbours or c.relative_colours:
@@ -553,7 +547,7 @@ class Decoder:
             qkv = c_attn(ln_1(x)).view(B, L, S, 3, self.n_head, -1).permute(3, 0, 1, 4, 2, 5)  # (3, B, L, nh, S, hs)
             if graph:
                 kv[:, :, lane, :, slot] = qkv[1:, :, 0, :, 0]
-                kv = (kv.index_select(2, lane) if kind == 'column' else kv)[..., :mask.size(1), :]
+                kv = kv.index_select(2, lane) if kind == 'column' else kv
             else:
                 kv = kv.narrow(2, lane, L)
                 kv.narrow(4, slot, S).copy_(qkv[1:])
@@ -584,12 +578,13 @@ def linear(module):
     return apply
 
 
-def images_at_once(config, weight):
+def images_at_once(model):
     """How many images are painted side by side: on CUDA as many as half of the free memory holds, else 8.
 
     With full attention, keys and values of a 64x64 image are 16.8 MB in float32 (4 layers of width 128). What does not fit into
     the caches of a CPU is read from main memory for every pixel, and larger batches gain nothing.
     """
+    config, weight = model.config, model.lm_head.weight
     if weight.device.type != 'cuda':
         return 8
     image = 2 * config.n_layer * config.block_size * config.n_embd * weight.itemsize  # at most: local attention keeps two rows
@@ -598,8 +593,8 @@ def images_at_once(config, weight):
 
 @contextmanager
 def painting(model, batch):
-    """No gradients, no dropout, no autocast. On a CPU two threads for one image, as many as there are images for more, for one pixel
-    is little work to share; and none of oneDNN, which takes five times as long for so few numbers."""
+    """No gradients, no dropout, no autocast. On a CPU few threads, for one pixel is little work to share: two for one image, else at
+    most one an image; and no oneDNN, which takes five times as long for so few numbers."""
     training, threads, mkldnn = model.training, torch.get_num_threads(), torch.backends.mkldnn.enabled
     model.eval()
     torch.set_num_threads(min(threads, max(batch, 2)))

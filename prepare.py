@@ -7,6 +7,8 @@
 
 A .bin file is raw little-endian uint16, one image a row of size * size tokens in raster order.
 """
+import contextlib
+import functools
 import glob
 import hashlib
 import io
@@ -14,13 +16,12 @@ import multiprocessing
 import os
 import pickle
 import shutil
-import signal
 import threading
 import warnings
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import extras
@@ -61,11 +62,8 @@ class Table:
         import datasets
         parts = []
         for name in sorted(splits):
-            part, column = splits[name], image_column(splits[name].features)
-            if column is None:
-                raise UserError(f'no column of images among {list(part.features)}: a column has to be of the type Image, '
-                                'or to hold the bytes of image files')
-            part = part.select_columns([column]).rename_column(column, 'image')
+            column = image_column(splits[name].features)
+            part = splits[name].select_columns([column]).rename_column(column, 'image')
             if isinstance(part.features['image'], datasets.Image):
                 part = part.cast_column('image', datasets.Image(decode=False))  # bytes, to be decoded in the workers
             parts.append((name, part))
@@ -94,7 +92,7 @@ class Table:
 
 
 def image_column(features):
-    """The first column that holds images: by type Image, else {bytes, path} or plain bytes, as older files have it."""
+    """The first column that holds images: by type Image, else {bytes, path} or plain bytes, as older files have it. Raises UserError."""
     import datasets
     binary = [datasets.Value('binary'), datasets.Value('large_binary')]
     for fits in (lambda f: isinstance(f, datasets.Image),
@@ -103,6 +101,7 @@ def image_column(features):
         for column, feature in features.items():
             if fits(feature):
                 return column
+    raise UserError(f'no column of images among {list(features)}: a column has to be of the type Image, or to hold the bytes of image files')
 
 
 class Synthetic:
@@ -126,13 +125,12 @@ def open_source(source, args, cache_dir):
     if source == 'synthetic':
         return Synthetic(args.num_images or 10_000, args.seed)
     path = os.path.expanduser(source)
-    shards = [path] if path.endswith('.parquet') else []
+    shards = (sorted(glob.glob(path)) or [path]) if path.endswith('.parquet') else []
     if os.path.isdir(path):
         folder = Folder(path)
         shards = [os.path.join(path, p) for p in sorted(folder.ignored) if p.endswith('.parquet')]
         if len(folder) or not shards:
             return folder
-    shards = [f for s in shards for f in (sorted(glob.glob(s)) or [s])]
     if not shards and (os.path.exists(path) or source.count('/') > 1 or source.startswith(('.', '~'))):
         raise UserError(f'--source {source} is no folder and no .parquet file: give one of these, a Hub id like owner/name, or synthetic')
     for s in shards:
@@ -150,8 +148,7 @@ def open_source(source, args, cache_dir):
     except UserError:
         raise
     except Exception as e:  # the network, the Hub, a damaged file: all come from below with their own classes
-        reason = str(e).strip().split('\n')[0][:200] or type(e).__name__
-        raise UserError(f'cannot load {source} ({reason}): check the name' + ('' if shards else ' and the network, or try --source synthetic')) from None
+        raise UserError(f'cannot load {source} ({extras.brief(e)}): check the name' + ('' if shards else ' and the network, or try --source synthetic')) from None
 
 # -----------------------------------------------------------------------------
 # synthetic landscapes
@@ -302,22 +299,17 @@ def draw_landscape(rng, size):
 # -----------------------------------------------------------------------------
 # from a source to files
 
-class Rows(Dataset):
-    """What a worker does with picture i: -> (index, its tokens as bytes, None) or (index, None, why it cannot be read)."""
-
-    def __init__(self, source, size):
-        self.source, self.size = source, size
-
-    def __len__(self):
-        return len(self.source)
-
-    def __getitem__(self, i):
+def read(source, size, indices):
+    """What a worker does with a few pictures: [(index, its tokens as bytes, None) or (index, None, why it cannot be read)]."""
+    rows = []
+    for i in indices:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore')  # Pillow's grumbling about odd EXIF; what it cannot read raises
-                return i, extras.pack_rgb(self.source.rgb(i, self.size)).astype('<u2').tobytes(), None
+                rows.append((i, extras.pack_rgb(source.rgb(i, size)).astype('<u2').tobytes(), None))
         except Exception as e:  # a damaged file can raise nearly anything
-            return i, None, ' '.join(f'{type(e).__name__}: {e}'.split())[:160]
+            rows.append((i, None, f'{type(e).__name__}: {extras.brief(e)}'))
+    return rows
 
 
 def follow_parent(_):
@@ -347,14 +339,14 @@ def write_dataset(source, description, args, staging):
     """Read every picture of source with all workers; write train.bin, val.bin, meta.pkl, preview.png into staging.
 
     Memory stays constant: rows go to a scratch file as they come, in the order of the source, and are copied from there
-    in the order of the split. Per image only a key of 64 bits is kept. Returns (meta,
-    names of unreadable pictures with the reasons, (lowest, highest) token).
+    in the order of the split; only a key of 64 bits is kept of each. Returns (meta, names of unreadable pictures with
+    the reasons, (lowest, highest) token).
     """
     count = min(len(source), args.num_images or len(source))
     row = 2 * args.size * args.size  # bytes of one image
-    loader = DataLoader(Rows(source, args.size), sampler=range(count), batch_size=16, collate_fn=list,
+    loader = DataLoader(range(count), batch_size=16, collate_fn=functools.partial(read, source, args.size),
                         num_workers=min(args.workers, count), worker_init_fn=follow_parent)
-    keys, skipped = [], []
+    keys, skipped = bytearray(), []
     with open(os.path.join(staging, 'rows'), 'w+b') as rows:
         with tqdm(total=count, unit='image', desc='reading') as bar:
             for batch in loader:
@@ -363,7 +355,7 @@ def write_dataset(source, description, args, staging):
                         skipped.append(f'{source.name(i)} ({reason})')
                     else:
                         rows.write(tokens)
-                        keys.append(int.from_bytes(hashlib.blake2b(tokens, digest_size=8, salt=args.seed.to_bytes(8, 'little')).digest(), 'little'))
+                        keys += hashlib.blake2b(tokens, digest_size=8, salt=args.seed.to_bytes(8, 'little')).digest()
                 bar.update(len(batch))
         if not keys:
             raise UserError(f'no usable image in {description}' + (f': {len(skipped)} could not be read, e.g. {skipped[0]}' if skipped else
@@ -371,7 +363,7 @@ def write_dataset(source, description, args, staging):
         meta = dict(vocab_size=extras.VOCAB_SIZE, height=args.size, width=args.size, tokens_per_image=args.size * args.size,
                     bits_per_channel=4, order='raster', source=description)
         low, high = extras.VOCAB_SIZE, 0
-        for split, order in zip(('train', 'val'), split_order(np.array(keys, np.uint64), args.val_fraction)):
+        for split, order in zip(('train', 'val'), split_order(np.frombuffer(keys, '<u8'), args.val_fraction)):
             meta[f'{split}_images'] = len(order)
             with open(os.path.join(staging, f'{split}.bin'), 'wb') as f:
                 for i in tqdm(order.tolist(), unit='image', desc=f'writing {split}.bin'):
@@ -390,15 +382,10 @@ def write_dataset(source, description, args, staging):
 
 def publish(staging, out_dir):
     """Move the finished files into out_dir. meta.pkl is removed first and comes last, so that no mixture of old and new files ever loads."""
-    if hasattr(signal, 'pthread_sigmask'):  # not even Ctrl-C comes between
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    meta = os.path.join(out_dir, 'meta.pkl')
-    if os.path.exists(meta):
-        os.remove(meta)
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(os.path.join(out_dir, 'meta.pkl'))
     for name in ('train.bin', 'val.bin', 'preview.png', 'meta.pkl'):
         os.replace(os.path.join(staging, name), os.path.join(out_dir, name))
-    if hasattr(signal, 'pthread_sigmask'):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
 
 
 def main(argv=None):
@@ -412,7 +399,7 @@ def main(argv=None):
     parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes that decode; the result does not depend on it')
     args = parser.parse_args(argv)
     extras.check_values(args, size=('from 2 to 1024', 2 <= args.size <= 1024), val_fraction=('between 0 and 1', 0 < args.val_fraction < 1),
-                        seed=('0 or more', 0 <= args.seed < 2 ** 63), num_images=('0 or more', args.num_images >= 0), workers=('0 or more', args.workers >= 0))
+                        seed=('from 0 to 2 ** 63 - 1', 0 <= args.seed < 2 ** 63), num_images=('0 or more', args.num_images >= 0), workers=('0 or more', args.workers >= 0))
     extras.make_folder(args.out_dir)
     staging = os.path.join(args.out_dir, '.partial')
     shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
@@ -422,7 +409,7 @@ def main(argv=None):
         try:
             meta, skipped, (low, high) = write_dataset(source, args.source, args, staging)
         except RuntimeError as e:  # of the DataLoader: the system has killed a worker
-            raise UserError(f'{" ".join(str(e).split())[:120]}: if memory ran out, try --workers 1') from None
+            raise UserError(f'{extras.brief(e)}: if memory ran out, try --workers 1') from None
         publish(staging, args.out_dir)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

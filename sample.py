@@ -19,10 +19,8 @@ from model import images_at_once
 GREY = 0x666  # of what is not painted yet
 
 
-def read_picture(path, rows, height, width):
-    """The picture at path, of which so many rows are to be kept -> its tokens (height * width,). Raises UserError."""
-    if not 0 < rows < height:
-        raise UserError(f'--rows={rows}: give how many of the {height} rows to keep, from 1 to {height - 1}')
+def read_picture(path, height, width):
+    """The picture at path -> its tokens (height * width,). Raises UserError."""
     if height != width:
         raise UserError(f'--image needs a model of square pictures, not of {height}x{width}')
     try:
@@ -30,38 +28,37 @@ def read_picture(path, rows, height, width):
     except FileNotFoundError:
         raise UserError(f'no picture {path}') from None
     except Exception as e:  # a damaged file can raise nearly anything
-        raise UserError(f'{path} cannot be read as a picture ({" ".join(str(e).split())[:120]})') from None
+        raise UserError(f'{path} cannot be read as a picture ({extras.brief(e)})') from None
 
 
 def first_pixel(text, model):
     """--first_pixel -> prompt (T,), empty if the model is to draw the first pixel itself. Raises UserError."""
     starts = model.config.start_embedding
-    if text == 'sample' or text is None and starts:
-        if not starts:
-            raise UserError('this model has no start embedding and cannot draw the first pixel: give one, as in --first_pixel FEC')
-        return np.zeros(0, np.int64)
-    return np.array([extras.parse_pixel(text or 'FEC')])
+    text = text or ('sample' if starts else 'FEC')
+    if text != 'sample':
+        return np.array([extras.parse_pixel(text)])
+    if not starts:
+        raise UserError('this model has no start embedding and cannot draw the first pixel: give one, as in --first_pixel FEC')
+    return np.zeros(0, np.int64)
 
 
 def paint(model, prompt, args):
-    """Paint args.num_samples images from one prompt (T,): arrays of tokens (n, tokens_per_image), the first image alone."""
-    generator = torch.Generator().manual_seed(args.seed)
-    batch = images_at_once(model.config, model.lm_head.weight)
-    rest = args.num_samples - 1  # one picture is there in seconds, the others are faster side by side
+    """Paint args.num_samples images from one prompt (T,), one after the other: tokens (tokens_per_image,)."""
+    generator, batch = torch.Generator().manual_seed(args.seed), images_at_once(model)
     with tqdm(total=args.num_samples * (model.config.tokens_per_image - len(prompt)), unit='px', unit_scale=True, desc='painting') as bar:
-        for count in (1, *[batch] * (rest // batch), rest % batch):
-            if count:
-                yield model.generate(np.tile(prompt, (count, 1)), temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                                     generator=generator, progress=bar.update).cpu().numpy()
+        for first in (0, *range(1, args.num_samples, batch)):  # one picture is there in seconds, the others are faster side by side
+            count = min(batch, args.num_samples - first) if first else 1
+            yield from model.generate(np.tile(prompt, (count, 1)), temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                                      generator=generator, progress=bar.update).cpu().numpy()
 
 
 def page(images, pixels, shape, scale, whole=None):
-    """Images (n, tokens_per_image) with only so many of their first pixels, the rest grey -> a sheet as PIL image.
+    """Images, each (tokens_per_image,), with only so many of their first pixels, the rest grey -> a sheet as PIL image.
 
     A completion is shown in one row, between its context and the whole original (tokens, with their number in context).
     """
-    standing = np.arange(images.shape[1])
-    shown = list(np.where(standing < pixels, images, GREY))
+    standing = np.arange(len(images[0]))
+    shown = [np.where(standing < pixels, image, GREY) for image in images]
     if whole is not None:
         original, context = whole
         shown = [np.where(standing < context, original, GREY), *shown, original]
@@ -87,7 +84,7 @@ def main(argv=None):
     extras.check_values(args, num_samples=('1 or more', args.num_samples > 0),
                         temperature=('0 or more', args.temperature >= 0), top_k=('1 or more', args.top_k is None or args.top_k > 0),
                         top_p=('more than 0, up to 1', args.top_p is None or 0 < args.top_p <= 1), scale=('from 1 to 64', 1 <= args.scale <= 64),
-                        seed=('0 or more', 0 <= args.seed < 2 ** 63))
+                        seed=('from 0 to 2 ** 63 - 1', 0 <= args.seed < 2 ** 63))
     if args.rows is not None and args.image is None:
         raise UserError('--rows says how much of a picture to keep: name the picture with --image')
     if args.image and args.first_pixel:
@@ -104,7 +101,8 @@ def main(argv=None):
     shape = height, width = checkpoint['height'], checkpoint['width']
     if args.image:
         rows = height // 2 if args.rows is None else args.rows
-        original = read_picture(args.image, rows, height, width)
+        extras.check_values(args, rows=(f'from 1 to {height - 1}: how many of the {height} rows to keep', 0 < rows < height))
+        original = read_picture(args.image, height, width)
         prompt = original[:rows * width]
         whole = original, len(prompt)
     else:
@@ -112,14 +110,13 @@ def main(argv=None):
     if device.startswith('cuda'):
         model.to(extras.pick_dtype('auto', device))  # bfloat16 on a GPU that has it, cache and all
 
-    images = np.zeros((0, height * width), np.int64)
-    for painted in paint(model, prompt, args):
-        for i, tokens in enumerate(painted, len(images)):
-            path = args.out if args.num_samples == 1 and not whole else f'{stem}_{i}{ending}'
-            extras.save_bmp(tokens.reshape(shape), path, args.scale)
-            if i == 0:
-                tqdm.write(f'wrote {path}')
-        images = np.concatenate((images, painted))
+    images = []
+    for i, tokens in enumerate(paint(model, prompt, args)):
+        path = args.out if args.num_samples == 1 and not whole else f'{stem}_{i}{ending}'
+        extras.save_bmp(tokens.reshape(shape), path, args.scale)
+        images.append(tokens)
+        if i == 0:
+            tqdm.write(f'wrote {path}')
     if path != args.out:
         extras.save_picture(page(images, height * width, shape, args.scale, whole), args.out)
         print(f'wrote {path}, the last of {len(images)}, and {args.out}')

@@ -39,36 +39,36 @@ class TrainConfig:
     n_layer: int = key(4, 'transformer blocks')
     n_head: int = key(4, 'attention heads of a block')
     n_embd: int = key(128, 'width of the residual stream')
-    dropout: float = key(0.0, 'share of activations dropped in training')
+    dropout: float = key(0.0, 'probability of dropout in training')
     bias: bool = key(False, 'biases in linear and norm layers')
-    start_embedding: bool = key(True, 'learn an embedding that stands before the first pixel, so that this one is predicted too')
-    row_column_positions: bool = key(False, 'embed the row and the column of the pixel to be predicted, not each position by itself')
+    start_embedding: bool = key(True, 'learn an embedding that stands before the first pixel, so that the first pixel is predicted too')
+    row_column_positions: bool = key(False, 'an embedding of the row plus one of the column of the predicted pixel, not one of each position')
     neighbours: int = key(0, 'how many of the nearest known pixels (24 at most) a small MLP feeds into the first block')
     factorised_colours: bool = key(False, "a colour's vector, in embedding and head, is its own plus one for each of its red, green and blue levels")
     relative_colours: bool = key(False, 'let the head also score how much each channel differs from the pixels to the left and above')
     attention: str = key('full', "what the layers attend to, in turn: all pixels so far (full), those of the same two rows (local) or of the same column (column), as in 'local column'")
     # the optimiser
-    batch_size: int = key(40, 'images an iteration, over all processes and accumulation steps together')
-    gradient_accumulation_steps: int = key(1, 'pieces in which a process works through its share of the batch, to save memory')
+    batch_size: int = key(40, 'images an iteration, over all processes and accumulation steps')
+    gradient_accumulation_steps: int = key(1, 'pieces (micro-batches) in which a process works through its share of the batch, to save memory')
     max_iters: int = key(10000, 'iterations')
     learning_rate: float = key(6e-4, 'peak of the schedule: linear warm-up, cosine decay')
     min_lr: float = key(6e-5, 'end of the schedule, at max_iters')
-    muon_lr: float = key(0.0, 'peak for the matrices of the blocks, which Muon updates then, on the same schedule (0: AdamW for all)')
+    muon_lr: float = key(0.0, 'peak for the matrices of blocks and stem, which Muon then updates, on the same schedule (0: AdamW for all)')
     warmup_iters: int = key(200, 'iterations of the warm-up')
     weight_decay: float = key(0.1, "AdamW's, of embeddings and of the matrices that are not Muon's")
     beta1: float = key(0.9, 'AdamW: memory of the gradient')
     beta2: float = key(0.95, 'AdamW: memory of its square')
-    grad_clip: float = key(1.0, 'largest norm of a gradient (0: any)')
-    flip: bool = key(True, 'mirror every other image, picked anew each epoch')
+    grad_clip: float = key(1.0, 'clip the norm of the gradient to this (0: never)')
+    flip: bool = key(True, 'mirror half of the images, picked anew each epoch')
     # looking at it
     eval_interval: int = key(0, 'evaluate every so many iterations (0: at eval_at only); the last one is always evaluated')
     eval_at: tuple = key((), 'evaluate at these iterations too, as in (200, 400, 800)')
-    eval_batch_size: int = key(4, 'validation images at a time, a matter of memory alone')
+    eval_batch_size: int = key(4, 'validation images at a time; a matter of memory alone')
     num_samples: int = key(16, 'images on the sheet of samples that every evaluation paints')
     log_interval: int = key(10, 'iterations between two log lines')
     wandb_log: bool = key(False, 'log to Weights & Biases as well (pip install wandb)')
-    wandb_project: str = key('pixelgpt', 'project there')
-    wandb_run_name: str = key('landscape', 'name of the run there')
+    wandb_project: str = key('pixelgpt', 'its project')
+    wandb_run_name: str = key('landscape', 'its name of the run')
     # the machine
     seed: int = key(1337, 'decides the initial weights, the order of the images and the noise of the samples')
     device: str = key('auto', "'auto', 'cuda', 'cuda:1', 'mps' or 'cpu'")
@@ -93,10 +93,15 @@ def get_batch(data, slots, config, meta, device):
         order, mirrored = epoch_order(config.seed, epoch, len(data))
         row = data[order[i]].reshape(meta['height'], meta['width'])
         rows.append(row[:, ::-1] if config.flip and mirrored[i] else row)
-    batch = torch.from_numpy(np.stack(rows).reshape(len(rows), -1).astype(np.int64))
-    if batch.max() >= extras.VOCAB_SIZE:
-        raise UserError(f'{config.data_dir}/train.bin holds the token {batch.max()}, which is no 12-bit colour: prepare the data again')
-    return batch.pin_memory().to(device, non_blocking=True) if device.startswith('cuda') else batch.to(device)
+    return to_device(np.stack(rows).reshape(len(rows), -1), device)
+
+
+def to_device(tokens, device):
+    """Rows of tokens (B, T), an array -> int64 tensor on device. Raises UserError."""
+    if tokens.max() >= extras.VOCAB_SIZE:
+        raise UserError(f'the data hold the token {tokens.max()}, which is no 12-bit colour: prepare them again')
+    tokens = torch.from_numpy(tokens.astype(np.int64))
+    return tokens.pin_memory().to(device, non_blocking=True) if device.startswith('cuda') else tokens.to(device)
 
 
 def get_lr(iteration, config):
@@ -113,28 +118,26 @@ def get_lr(iteration, config):
 def evaluate(model, data, config, device, autocast, rank, world_size):
     """Mean loss in nats over every predicted pixel of every image in data; each rank takes its share of them."""
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float32 if device == 'mps' else torch.float64, device=device)
-    mine = range(rank, len(data), world_size)
-    for i in tqdm(range(0, len(mine), config.eval_batch_size), desc='validation', leave=False, disable=None if rank == 0 else True):
-        rows = [data[j] for j in mine[i:i + config.eval_batch_size]]
+    mine, size, total = data[rank::world_size], config.eval_batch_size, 0.0
+    for i in tqdm(range(0, len(mine), size), desc='validation', leave=False, disable=rank > 0 or None):
+        tokens = to_device(mine[i:i + size], device)
         with autocast:
-            loss = model(torch.from_numpy(np.stack(rows).astype(np.int64)).to(device))
-        sums += torch.stack((loss * len(rows), torch.full_like(loss, len(rows))))
+            total += model(tokens).item() * len(tokens)
     if world_size > 1:
-        dist.all_reduce(sums)
+        total = torch.tensor(total, dtype=torch.float64, device=device)
+        dist.all_reduce(total)
     model.train()
-    return (sums[0] / sums[1]).item()
+    return float(total) / len(data)
 
 
-@torch.no_grad()
 def paint_samples(model, data, config, meta, path):
     """A sheet of num_samples images; the noise is the same at every evaluation, so that one sees the model change."""
     prompts = np.zeros((config.num_samples, 0))
     if not config.start_embedding:  # the first pixels of real images
-        prompts = np.resize(data[:config.num_samples, :1], (config.num_samples, 1)).astype(np.int64)
+        prompts = np.resize(data[:config.num_samples, :1], (config.num_samples, 1))
     generator = torch.Generator().manual_seed(config.seed)
     with tqdm(total=len(prompts) * (meta['tokens_per_image'] - prompts.shape[1]), desc='painting', unit='px', unit_scale=True, leave=False, disable=None) as bar:
-        tokens = model.generate(torch.from_numpy(prompts), generator=generator, progress=bar.update)
+        tokens = model.generate(prompts, generator=generator, progress=bar.update)
     images = tokens.reshape(-1, meta['height'], meta['width'])
     extras.save_picture(extras.sheet([extras.to_image(image, scale=2) for image in images]), path)
 
@@ -145,13 +148,13 @@ COLUMNS = ['iteration', 'images', 'tokens', 'seconds', 'learning_rate', 'train_l
 
 
 def start_log(path, iteration):
-    """Begin log.csv, or when resuming at iteration drop the rows that come after it."""
+    """Begin log.csv, or when resuming at iteration drop the rows that come after it, and one that was cut short."""
     rows = []
     if iteration and os.path.exists(path):
-        with open(path, newline='') as f:
-            rows = [row for row in csv.DictReader(f) if row['iteration'].isdigit() and int(row['iteration']) <= iteration and row['bits_per_pixel']]
+        with open(path) as f:
+            rows = [row for row in f if row.split(',')[0].isdigit() and int(row.split(',')[0]) <= iteration and row.endswith('\n')]
     with extras.atomic_write(path) as f:
-        f.write((','.join(COLUMNS) + '\n' + ''.join(','.join(row[c] for c in COLUMNS) + '\n' for row in rows)).encode())
+        f.write((','.join(COLUMNS) + '\n' + ''.join(rows)).encode())
 
 
 def plot_log(path, png):
@@ -290,16 +293,15 @@ def main(argv=None):
                 raise UserError('--wandb_log=True needs wandb: pip install wandb') from None
             wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=asdict(config))
 
-    def log(**values):
-        """One row of log.csv, of a train_loss or a val_loss."""
-        (loss,) = values.values()
-        values = dict(iteration=iteration, images=iteration * config.batch_size, tokens=iteration * config.batch_size * meta['tokens_per_image'],
-                      seconds=round(seconds, 2), learning_rate=float(f'{get_lr(iteration - 1, config):.4g}'),
-                      bits_per_pixel=round(loss / math.log(2), 5), **values)
+    def log(name, loss):
+        """One row of log.csv, of the train_loss or the val_loss."""
+        values = {'iteration': iteration, 'images': iteration * config.batch_size, 'tokens': iteration * config.batch_size * meta['tokens_per_image'],
+                  'seconds': round(seconds, 2), 'learning_rate': float(f'{get_lr(iteration - 1, config):.4g}'),
+                  name: round(loss, 5), 'bits_per_pixel': round(loss / math.log(2), 5)}
         with open(log_path, 'a') as f:
             f.write(','.join(str(values.get(c, '')) for c in COLUMNS) + '\n')
         if wandb:
-            wandb.log(values, step=iteration)
+            wandb.log({**values, f'{name}_bits': values.pop('bits_per_pixel')}, step=iteration)
 
     def stop_if_not_finite(loss):
         if not math.isfinite(loss):
@@ -330,7 +332,7 @@ def main(argv=None):
             say(f"iter {iteration} | loss {train_loss:.4f} | {train_loss / math.log(2):.3f} bits/pixel | {images:.2f} images/s | "
                 f"{images * meta['tokens_per_image']:,.0f} tokens/s | {datetime.timedelta(seconds=int(left))} left")
             if master:
-                log(train_loss=round(train_loss, 5))
+                log('train_loss', train_loss)
             loss_sum.zero_()
             loss_count, window = 0, time.time()
 
@@ -342,7 +344,7 @@ def main(argv=None):
                 best_val_loss, best_iter = val_loss, iteration
             saved.append(iteration)
             if master:
-                log(val_loss=round(val_loss, 5))
+                log('val_loss', val_loss)
                 path = os.path.join(config.out_dir, f'ckpt{iteration}.pt')
                 extras.save_checkpoint(dict(
                     model=raw_model.state_dict(), optimizer=optimizers[0].state_dict(),

@@ -76,7 +76,7 @@ def cached(model, batch, device, seed):
 @torch.inference_mode()
 def limit(model, batch, device):
     """Seconds that reading the weights and the caches takes, once for every pixel of a batch as it is painted, and the bandwidth in bytes/s."""
-    batch = min(batch, images_at_once(model.config, model.lm_head.weight))
+    batch = min(batch, images_at_once(model))
     weights = model.num_params()
     lanes = Decoder(model, 1).lanes  # on average, half of the positions of a lane stand already
     cache = batch * sum(model.config.n_embd * lanes[block.attn.kind][1] for block in model.transformer.h)
@@ -151,8 +151,8 @@ def main():
         seconds, ahead, start, end = np.mean([cached(model, batch, device, seed) for seed in range(4 if batch == 1 else 1)], axis=0)
         plain = plain_loop(model, batch, device)
         least, bandwidth = limit(model, batch, device)
-        least *= batch / min(batch, images_at_once(model.config, model.lm_head.weight)) / ahead
-        ends = f'{start / batch * 1e6:.0f} | {end / batch * 1e6:.0f}' if batch <= images_at_once(model.config, model.lm_head.weight) else '- | -'
+        least *= batch / min(batch, images_at_once(model)) / ahead
+        ends = f'{start / batch * 1e6:.0f} | {end / batch * 1e6:.0f}' if batch <= images_at_once(model) else '- | -'
         tqdm.write(f'| {batch} | {seconds / batch:.3g} | {batch * model.config.tokens_per_image / seconds:,.0f} | {plain / batch:.3g} | {plain / seconds:.0f} | {ahead:.2f} | {ends} | '
                    f'{least / batch:.2g} | {least / seconds:.0%} | {bandwidth / 1e9:.0f} |', file=sys.stdout)
         if batch == 1 and start_up:

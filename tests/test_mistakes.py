@@ -42,6 +42,7 @@ MISTAKES = {
     'a size of nothing': ('prepare.py --source synthetic --size 0 --out_dir {new}', '--size=0'),
     'all for validation': ('prepare.py --source synthetic --val_fraction 1 --out_dir {new}', '--val_fraction=1.0: it has to be between 0 and 1'),
     'a negative seed': ('prepare.py --source synthetic --seed -1 --out_dir {new}', '--seed=-1'),
+    'a seed beyond 64 bits': ('sample.py --ckpt {ckpt} --seed 9223372036854775808', 'from 0 to 2 ** 63 - 1'),
     'one picture alone': ('prepare.py --source synthetic --num_images 1 --out_dir {new}', 'at least two different'),
     'a misspelt option': ('prepare.py --sorce synthetic', 'unknown key --sorce: did you mean --source?'),
     'an option without value': ('prepare.py --source', 'expected one argument'),
@@ -78,6 +79,7 @@ MISTAKES = {
     'a truncated train.bin': ('train.py {tiny} --data_dir={short}', 'whole images'),
     'a train.bin of half an image': ('train.py {tiny} --data_dir={half}', 'whole images'),
     'tokens that are no colours': ('train.py {tiny} --data_dir={words}', 'no 12-bit colour'),
+    'tokens to validate with that are none': ('train.py {tiny} --max_iters=1 --data_dir={valwords}', 'no 12-bit colour'),
     'no val.bin': ('train.py {tiny} --data_dir={noval}', 'val.bin is missing'),
     'a damaged meta.pkl': ('train.py {tiny} --data_dir={badmeta}', 'is damaged'),
     'a meta.pkl that runs code': ('train.py {tiny} --data_dir={evilmeta}', 'is damaged or no plain dictionary'),
@@ -152,6 +154,7 @@ def places(data, trained, tmp_path_factory):
     broken_data('short', 'train.bin', train_bin[:len(train_bin) // 2])
     broken_data('half', 'train.bin', train_bin[:-100])
     broken_data('words', 'train.bin', b'\xff' * len(train_bin))
+    broken_data('valwords', 'val.bin', b'\xff' * (data / 'val.bin').stat().st_size)
     broken_data('noval', 'val.bin', None)
     broken_data('badmeta', 'meta.pkl', (data / 'meta.pkl').read_bytes()[:20])
     broken_data('evilmeta', 'meta.pkl', pickle.dumps({**meta, 'source': Evil(places['mark'])}))

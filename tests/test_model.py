@@ -287,13 +287,13 @@ def test_the_steps_of_a_graph_paint_the_same(kind):
     seeds = torch.tensor([4, 5])
     for first in (int(kind == 'ancestor'), 1, 50):
         painted = []
-        for paint in (paint_cached, paint_on_cuda, lambda *args: paint_on_cuda(*args, stretch=30)):
+        for paint in (paint_cached, paint_on_cuda):
             image = images(2)
             image[:, first:] = 0
             with torch.no_grad():
                 assert sum(paint(model, image, seeds, draw, first)) == TOKENS - first
             painted.append(image)
-        assert painted[0].equal(painted[1]) and painted[0].equal(painted[2]) and len(painted[0].unique()) > 5
+        assert painted[0].equal(painted[1]) and len(painted[0].unique()) > 5
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
