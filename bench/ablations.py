@@ -56,7 +56,7 @@ def main():
     parser.add_argument('--adamw_lr', type=float, default=3e-3)
     parser.add_argument('--only', nargs='*', help='names of models')
     args = parser.parse_args()
-    print(f'| model | {" | ".join(f"seed {seed}" for seed in args.seeds)} | mean | to the first | images/s |\n|---|{"---|" * (len(args.seeds) + 3)}')
+    print(f'| model | {" | ".join(f"seed {seed}" for seed in args.seeds)} | mean | difference | images/s |\n|---|{"---|" * (len(args.seeds) + 3)}')
     base = None
     for name, options in models(args.adamw_lr).items():
         if args.only and name not in args.only:

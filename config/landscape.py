@@ -6,12 +6,12 @@ n_layer = 4
 n_head = 4
 n_embd = 128  # 1.8M parameters, all told
 row_column_positions = True
-neighbours = 12  # those at most two rows up and two columns aside
+neighbours = 12  # up to two rows above and two columns aside
 factorised_colours = True
 relative_colours = True
-attention = 'local column'  # by turns; a small part of the time and the cache that full attention takes
+attention = 'local column'  # in turn; a fraction of the time and the cache that full attention takes
 
-batch_size = 8  # an image each for eight GPUs; two learn a little more from an image, in more steps
+batch_size = 8  # one image each for eight GPUs; smaller batches learn a little more from an image, but need more steps
 max_iters = 6000
 
 learning_rate = 3e-3  # embeddings and head

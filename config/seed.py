@@ -1,4 +1,4 @@
-# The ancestor exactly: nanoGPT's model, the first pixel given and never predicted. The baseline of every comparison.
+# The ancestor: nanoGPT's model with the settings of nanoGPT-BMP; the first pixel is given and never predicted. The baseline of the record track.
 data_dir = 'data/landscape'  # python prepare.py
 out_dir = 'out/seed'
 
@@ -8,7 +8,7 @@ n_head = 4
 n_embd = 128
 
 batch_size = 40  # images an iteration
-gradient_accumulation_steps = 5  # 8 images at a time: the logits of one image alone take 64 MB
+gradient_accumulation_steps = 5  # 8 images at a time, to save memory
 max_iters = 10000
 
 learning_rate = 6e-4
