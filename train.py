@@ -301,7 +301,8 @@ def main(argv=None):
         with open(log_path, 'a') as f:
             f.write(','.join(str(values.get(c, '')) for c in COLUMNS) + '\n')
         if wandb:
-            wandb.log({**values, f'{name}_bits': values.pop('bits_per_pixel')}, step=iteration)
+            values[f'{name}_bits'] = values.pop('bits_per_pixel')  # both losses may come at one step
+            wandb.log(values, step=iteration)
 
     def stop_if_not_finite(loss):
         if not math.isfinite(loss):
