@@ -270,7 +270,6 @@ def build_model(checkpoint, path, device):
         raise UserError(f'{path} does not fit the model of model.py ({brief(e)}): use the version of the code that made it') from None
     return model.to(device).eval()
 
-
 # -----------------------------------------------------------------------------
 # configuration: a dataclass declares the keys, files of assignments and --key=value override them
 

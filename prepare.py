@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import threading
 import warnings
 
@@ -382,10 +383,14 @@ def write_dataset(source, description, args, staging):
 
 def publish(staging, out_dir):
     """Move the finished files into out_dir. meta.pkl is removed first and comes last, so that no mixture of old and new files ever loads."""
+    if hasattr(signal, 'pthread_sigmask'):  # not even Ctrl-C comes between, which would leave neither
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     with contextlib.suppress(FileNotFoundError):
         os.remove(os.path.join(out_dir, 'meta.pkl'))
     for name in ('train.bin', 'val.bin', 'preview.png', 'meta.pkl'):
         os.replace(os.path.join(staging, name), os.path.join(out_dir, name))
+    if hasattr(signal, 'pthread_sigmask'):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
 
 
 def main(argv=None):
