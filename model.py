@@ -46,7 +46,7 @@ class GPTConfig:
     neighbours: int = 0  # so many known pixels around the predicted one go through a small MLP into the first block
     factorised_colours: bool = False  # a colour's vector is its own plus one for each of its red, green and blue levels
     relative_colours: bool = False  # logits also depend on how much each channel differs from the pixels to the left and above
-    attention: str = 'full'  # of the layers, in turn: full, local (its band of two rows) or column, as in 'local column'
+    attention: str = 'full'  # of the layers, in turn: full, local (its row and the one above) or column, as in 'local column'
 
     @property
     def tokens_per_image(self):
@@ -54,9 +54,8 @@ class GPTConfig:
 
     @property
     def multiple(self):
-        """What the pixels come in: bands of two rows, whole rows, or, if it does not see in two dimensions, any number."""
-        rows = 2 if 'local' in self.attention else 1 if self.row_column_positions or self.neighbours or self.relative_colours or 'column' in self.attention else 0
-        return rows * self.width or 1
+        """What the pixels come in: whole rows if it sees in two dimensions."""
+        return self.width if self.row_column_positions or self.neighbours or self.relative_colours or set(self.attention.split()) != {'full'} else 1
 
     def __post_init__(self):
         kinds = self.attention.split()
@@ -69,7 +68,7 @@ class GPTConfig:
         if self.multiple > 1 and not self.start_embedding:
             raise ValueError('row_column_positions, neighbours, relative_colours and attention other than full need start_embedding=True')
         if self.block_size % self.multiple:
-            raise ValueError(f'{self.block_size} pixels have to be whole rows of {self.width}, and under local attention an even number of them')
+            raise ValueError(f'{self.block_size} pixels have to be whole rows of {self.width}')
 
 
 def recomputed(function, x):
@@ -78,10 +77,10 @@ def recomputed(function, x):
 
 
 class CausalSelfAttention(nn.Module):
-    """Attention over all earlier positions (full), over those of the same two rows (local) or of the same column (column).
+    """Attention over all earlier positions (full), over those of the same row and all of the row above (local), or of the same column (column).
 
-    Strided attention as in the Sparse Transformer (Child et al. 2019, arXiv 1904.10509), by reshaping: lanes of positions
-    that see each other, so that nothing is computed that is then masked.
+    Strided attention as in the Sparse Transformer (Child et al. 2019, arXiv 1904.10509), by reshaping into lanes of positions:
+    rows or columns.
     """
 
     def __init__(self, config, kind):
@@ -98,14 +97,18 @@ class CausalSelfAttention(nn.Module):
         B, P, C = x.size()
         if self.kind == 'column':
             x = x.view(B, -1, self.width, C).transpose(1, 2)  # (B, width, height, C)
-        length = {'full': P, 'local': 2 * self.width, 'column': P // self.width}[self.kind]
+        length = {'full': P, 'local': self.width, 'column': P // self.width}[self.kind]
         # (3, B * lanes, nh, length, hs)
         qkv = recomputed(lambda x: self.c_attn(ln(x)), x).reshape(-1, length, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         if kv is not None:
             kv.append(qkv)
         with torch.autocast('cpu', enabled=False):  # where its gradient is five times slower in bfloat16
             q, k, v = qkv if x.is_cuda else qkv.to(x.dtype)
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
+            mask = None
+            if self.kind == 'local':  # first all of the row above, where the image ends zeros
+                k, v = (torch.cat((F.pad(t.unflatten(0, (B, -1)), (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1].flatten(0, 1), t), dim=2) for t in (k, v))
+                mask = torch.ones(length, 2 * length, dtype=torch.bool, device=x.device).tril(length)
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.dropout if self.training else 0.0, is_causal=mask is None)
         y = self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # (B * lanes, length, C), the heads side by side
         if self.kind == 'column':
             y = y.view(B, self.width, -1, C).transpose(1, 2)
@@ -470,7 +473,7 @@ def paint_on_cuda(model, images, seeds, draw, first, steps=32):
 class Decoder:
     """What the sampler keeps for B images: the weights, laid out once for single pixels, and the keys and values so far.
 
-    Keys and values lie in lanes, as in CausalSelfAttention: one of all positions (full), one of the present band (local), or the columns.
+    Keys and values lie in lanes: one of all positions (full), a ring of two rows (local), or the columns.
     """
 
     def __init__(self, model, B, ahead=1):  # ahead: pixels a pass, at most
@@ -486,7 +489,9 @@ class Decoder:
         # (2, B, lanes, nh, length, hs)
         self.kv = [weight.new_zeros(2, B, n, c.n_head, length, c.n_embd // c.n_head) for n, length in (lanes[kind] for kind, *_ in self.blocks)]
         self.span = torch.arange(c.block_size, device=weight.device)
-        self.later = F.pad(weight.new_full((ahead, ahead), -math.inf).triu(1), (c.block_size, 0))  # what the positions of a pass may not see
+        # what the positions of a pass may not see: of each other, after all that came before; of a ring of two rows, from each slot of it
+        self.later = F.pad(weight.new_full((ahead, ahead), -math.inf).triu(1), (c.block_size, 0))
+        self.later_in_row = torch.block_diag(*2 * [weight.new_full((c.width, c.width), -math.inf).triu(1)])
         if c.neighbours:  # what the hidden layer of the stem gets from each colour as each neighbour, and its bias from the first of them
             self.stem, self.stem_proj = h.stem.table(F.pad(colours, (0, 0, 0, 1))), linear(h.stem.c_proj)
             self.stem[::c.neighbours] += h.stem.c_fc.bias
@@ -506,24 +511,28 @@ class Decoder:
         x, weight = self.model.features(F.pad(tokens, (0, 1)), new)  # (B, P, C')
         for (kind, *_), qkv, kv in zip(self.blocks, new, self.kv):
             qkv = qkv.unflatten(1, (B, -1))  # (3, B, lanes, nh, length, hs)
-            if kind == 'local':  # the present band
-                qkv = qkv[:, :, T // (2 * self.width), None]
-            kv[..., :qkv.size(4), :] = qkv[1:]
+            if kind == 'local':  # the present row and the one above
+                for row in range(max(0, T // self.width - 1), T // self.width + 1):
+                    kv.unflatten(4, (2, -1))[:, :, 0, :, row % 2] = qkv[1:, :, row]
+            else:
+                kv[..., :qkv.size(4), :] = qkv[1:]
         if hasattr(self, 'canvas'):
             self.canvas[:, self.on_canvas[:T]] = tokens
         return x[:, -1] @ weight.t()
 
     def place(self, kind, position, W):
-        """Where keys and values of a position go, and what W positions from it on may not see there: (lane, slot, mask or None)."""
-        lane, slot = 0 * position, position
+        """Where keys and values of a position go, how far W positions from it on look, and what of it they may not see: (lane, slot, length, mask or None)."""
+        lane, slot, length, graph = 0 * position, position, self.lanes[kind][1], isinstance(position, torch.Tensor)
         if kind == 'local':
-            slot = position % (2 * self.width)
-        elif kind == 'column':
+            slot = position % length
+            return lane, slot, length, self.later_in_row.index_select(0, slot) if graph else self.later_in_row.narrow(0, slot, W)
+        if kind == 'column':
             lane, slot = position % self.width, position // self.width
-        if isinstance(position, int):  # later slots are cut off, so that positions of one pass need a mask only among themselves
-            return lane, slot, None if W == 1 or kind == 'column' else self.later[:W, len(self.span) - slot:len(self.span) + W]
-        later = self.span[None, :self.lanes[kind][1]] > slot  # (1, length)
-        return lane, slot, torch.where(later, -math.inf, 0.0).to(self.head.dtype)
+        if graph:
+            return lane, slot, length, torch.where(self.span[None, :length] > slot, -math.inf, 0.0).to(self.head.dtype)
+        if kind == 'column':
+            return lane, slot, slot + 1, None
+        return lane, slot, slot + W, None if W == 1 else self.later[:W, len(self.span) - slot:len(self.span) + W]
 
     def decode(self, tokens, pixel):
         """The pixels (B, W) from the one before pixel on -> logits of as many from pixel on, (B, W, V), all of them in one row.
@@ -542,7 +551,7 @@ class Decoder:
         if c.neighbours:
             x = self.stem_proj(F.gelu(torch.embedding(self.stem, torch.add(self.kth, around[:, :c.neighbours], alpha=c.neighbours)).sum(1)), x)
         for (kind, ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), kv in zip(self.blocks, self.kv):
-            lane, slot, mask = places[kind]
+            lane, slot, length, mask = places[kind]
             L, S = (W, 1) if kind == 'column' else (1, W)  # lanes and slots that the W positions take
             qkv = c_attn(ln_1(x)).view(B, L, S, 3, self.n_head, -1).permute(3, 0, 1, 4, 2, 5)  # (3, B, L, nh, S, hs)
             if graph:
@@ -551,7 +560,7 @@ class Decoder:
             else:
                 kv = kv.narrow(2, lane, L)
                 kv.narrow(4, slot, S).copy_(qkv[1:])
-                kv = kv.narrow(4, 0, slot + S)
+                kv = kv.narrow(4, 0, length)
             k, v = kv.flatten(1, 2).unbind()  # each (B * L, nh, positions, hs)
             y = F.scaled_dot_product_attention(qkv[0].flatten(0, 1), k, v, mask)  # (B * L, nh, S, hs)
             x = attn_proj(y.transpose(1, 2).reshape(B * W, -1), x)  # the heads side by side

@@ -46,7 +46,7 @@ class TrainConfig:
     neighbours: int = key(0, 'how many of the nearest known pixels (24 at most) a small MLP feeds into the first block')
     factorised_colours: bool = key(False, "a colour's vector, in embedding and head, is its own plus one for each of its red, green and blue levels")
     relative_colours: bool = key(False, 'let the head also score how much each channel differs from the pixels to the left and above')
-    attention: str = key('full', "what the layers attend to, in turn: all pixels so far (full), those of the same two rows (local) or of the same column (column), as in 'local column'")
+    attention: str = key('full', "what the layers attend to, in turn: all pixels so far (full), those of the same row and the one above (local) or of the same column (column), as in 'local column'")
     # the optimiser
     batch_size: int = key(40, 'images an iteration, over all processes and accumulation steps')
     gradient_accumulation_steps: int = key(1, 'pieces (micro-batches) in which a process works through its share of the batch, to save memory')
