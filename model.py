@@ -47,6 +47,7 @@ class GPTConfig:
     factorised_colours: bool = False  # a colour's vector is its own plus one for each of its red, green and blue levels
     relative_colours: bool = False  # logits also depend on how much each channel differs from the pixels to the left and above
     attention: str = 'full'  # of the layers, in turn: full, local (its row and the one above) or column, as in 'local column'
+    alibi: bool = False  # local and column attention fade with distance, at another rate for each head
 
     @property
     def tokens_per_image(self):
@@ -80,7 +81,7 @@ class CausalSelfAttention(nn.Module):
     """Attention over all earlier positions (full), over those of the same row and all of the row above (local), or of the same column (column).
 
     Strided attention as in the Sparse Transformer (Child et al. 2019, arXiv 1904.10509), by reshaping into lanes of positions:
-    rows or columns.
+    rows or columns. With ALiBi (Press et al. 2021, arXiv 2108.12409) a score is less by slope * (rows + columns in between).
     """
 
     def __init__(self, config, kind):
@@ -91,6 +92,16 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.kind, self.width = kind, config.width
+        if kind == 'full':
+            self.mask = None  # causal
+        else:  # (1 or nh, length, keys), added to the scores
+            length = self.width if kind == 'local' else config.block_size // self.width
+            away = torch.arange(length)[:, None] - torch.arange(length)  # (length, length), below 0 what comes later
+            distance, seen = away.abs(), away >= 0
+            if kind == 'local':  # all of the row above comes before the row itself
+                distance, seen = torch.cat((distance + 1, distance), dim=1), torch.cat((torch.ones_like(seen), seen), dim=1)
+            slopes = 4 * 0.5 ** (8 / config.n_head * torch.arange(1, config.n_head + 1)) if config.alibi else torch.zeros(1)
+            self.register_buffer('mask', torch.where(seen, -slopes[:, None, None] * distance, -math.inf), persistent=False)
 
     def forward(self, x, ln, kv=None):
         """(B, P, C) -> (B, P, C); ln is applied to x first, inside what is recomputed. kv: a list that receives queries, keys and values, (3, B * lanes, nh, length, hs)."""
@@ -104,10 +115,9 @@ class CausalSelfAttention(nn.Module):
             kv.append(qkv)
         with torch.autocast('cpu', enabled=False):  # where its gradient is five times slower in bfloat16
             q, k, v = qkv if x.is_cuda else qkv.to(x.dtype)
-            mask = None
-            if self.kind == 'local':  # first all of the row above, where the image ends zeros
+            if self.kind == 'local':  # zeros above the first row
                 k, v = (torch.cat((F.pad(t.unflatten(0, (B, -1)), (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1].flatten(0, 1), t), dim=2) for t in (k, v))
-                mask = torch.ones(length, 2 * length, dtype=torch.bool, device=x.device).tril(length)
+            mask = None if self.mask is None else self.mask[:, :length, :k.size(2)].to(q.dtype)
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.dropout if self.training else 0.0, is_causal=mask is None)
         y = self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # (B * lanes, length, C), the heads side by side
         if self.kind == 'column':
@@ -489,9 +499,10 @@ class Decoder:
         # (2, B, lanes, nh, length, hs)
         self.kv = [weight.new_zeros(2, B, n, c.n_head, length, c.n_embd // c.n_head) for n, length in (lanes[kind] for kind, *_ in self.blocks)]
         self.span = torch.arange(c.block_size, device=weight.device)
-        # what the positions of a pass may not see: of each other, after all that came before; of a ring of two rows, from each slot of it
-        self.later = F.pad(weight.new_full((ahead, ahead), -math.inf).triu(1), (c.block_size, 0))
-        self.later_in_row = torch.block_diag(*2 * [weight.new_full((c.width, c.width), -math.inf).triu(1)])
+        self.later = F.pad(weight.new_full((ahead, ahead), -math.inf).triu(1), (c.block_size, 0))  # what the positions of a pass may not see
+        self.masks = {b.attn.kind: b.attn.mask for b in h.h}  # (1 or nh, slots, length)
+        if 'local' in self.masks:  # in every other row the one above comes last
+            self.masks['local'] = torch.cat((self.masks['local'].roll(c.width, -1), self.masks['local']), dim=1)
         if c.neighbours:  # what the hidden layer of the stem gets from each colour as each neighbour, and its bias from the first of them
             self.stem, self.stem_proj = h.stem.table(F.pad(colours, (0, 0, 0, 1))), linear(h.stem.c_proj)
             self.stem[::c.neighbours] += h.stem.c_fc.bias
@@ -521,17 +532,15 @@ class Decoder:
         return x[:, -1] @ weight.t()
 
     def place(self, kind, position, W):
-        """Where keys and values of a position go, how far W positions from it on look, and what of it they may not see: (lane, slot, length, mask or None)."""
-        lane, slot, length, graph = 0 * position, position, self.lanes[kind][1], isinstance(position, torch.Tensor)
-        if kind == 'local':
-            slot = position % length
-            return lane, slot, length, self.later_in_row.index_select(0, slot) if graph else self.later_in_row.narrow(0, slot, W)
-        if kind == 'column':
-            lane, slot = position % self.width, position // self.width
+        """Where keys and values of a position go, how far W positions from it on look, and what is added to their scores: (lane, slot, length, mask or None)."""
+        graph, (lanes, length) = isinstance(position, torch.Tensor), self.lanes[kind]
+        lane, slot = (position % lanes, position // lanes) if kind == 'column' else (0 * position, position % length)
         if graph:
-            return lane, slot, length, torch.where(self.span[None, :length] > slot, -math.inf, 0.0).to(self.head.dtype)
+            return lane, slot, length, (torch.where(self.span[None] > slot, -math.inf, 0.0).to(self.head.dtype) if kind == 'full' else self.masks[kind].index_select(1, slot))
+        if kind == 'local':
+            return lane, slot, length, self.masks[kind].narrow(1, slot, W)
         if kind == 'column':
-            return lane, slot, slot + 1, None
+            return lane, slot, slot + 1, self.masks[kind].narrow(1, slot, 1).narrow(2, 0, slot + 1)
         return lane, slot, slot + W, None if W == 1 else self.later[:W, len(self.span) - slot:len(self.span) + W]
 
     def decode(self, tokens, pixel):

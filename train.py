@@ -47,6 +47,7 @@ class TrainConfig:
     factorised_colours: bool = key(False, "a colour's vector, in embedding and head, is its own plus one for each of its red, green and blue levels")
     relative_colours: bool = key(False, 'let the head also score how much each channel differs from the pixels to the left and above')
     attention: str = key('full', "what the layers attend to, in turn: all pixels so far (full), those of the same row and the one above (local) or of the same column (column), as in 'local column'")
+    alibi: bool = key(False, 'let local and column attention fade with distance, at another rate for each head')
     # the optimiser
     batch_size: int = key(40, 'images an iteration, over all processes and accumulation steps')
     gradient_accumulation_steps: int = key(1, 'pieces (micro-batches) in which a process works through its share of the batch, to save memory')

@@ -20,6 +20,7 @@ INGREDIENTS = {'row + column positions': ('--row_column_positions=True', '--row_
                'factorised colours': ('--factorised_colours=True', '--factorised_colours=False'),
                'relative colours': ('--relative_colours=True', '--relative_colours=False'),
                'local and column attention': ('--attention=local column', '--attention=full'),
+               'ALiBi': ('--alibi=True', '--alibi=False'),
                'Muon': ('--muon_lr=0.02', '--muon_lr=0')}
 
 
@@ -29,7 +30,7 @@ def models(adamw_lr):
         chosen = [switches[not name in on] for name, switches in INGREDIENTS.items()]
         return chosen if 'Muon' in on else [*chosen, f'--learning_rate={adamw_lr}']
     everything = set(INGREDIENTS)
-    return {'plain (nanoGPT)': options(set()), **{f'plain + {name}': options({name}) for name in INGREDIENTS},
+    return {'plain (nanoGPT)': options(set()), **{f'plain + {name}': options({name}) for name in INGREDIENTS if name != 'ALiBi'},
             'recommended': options(everything), **{f'recommended - {name}': options(everything - {name}) for name in INGREDIENTS}}
 
 

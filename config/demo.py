@@ -10,6 +10,7 @@ neighbours = 12
 factorised_colours = True
 relative_colours = True
 attention = 'local column'
+alibi = True
 
 batch_size = 4
 max_iters = 1200  # 4,800 images

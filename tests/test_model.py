@@ -17,7 +17,7 @@ TOKENS = SIDE * SIDE
 
 FLAT = dict(row_column_positions=True, neighbours=12, factorised_colours=True, relative_colours=True)
 KINDS = {'plain': {}, 'ancestor': dict(start_embedding=False), 'full': FLAT, 'local': {**FLAT, 'attention': 'local'}, 'column': {**FLAT, 'attention': 'column', 'neighbours': 24},
-         'local column': {**FLAT, 'attention': 'local column full'}, 'relative': dict(relative_colours=True), 'biased': dict(bias=True, attention='column', factorised_colours=True)}
+         'local column': {**FLAT, 'attention': 'local column full', 'alibi': True}, 'relative': dict(relative_colours=True), 'biased': dict(bias=True, attention='column', factorised_colours=True)}
 kinds = pytest.mark.parametrize('kind', KINDS)
 
 
@@ -153,6 +153,22 @@ def test_what_a_layer_attends_to(attention, seen):
         model.transformer.h[0].attn(x, torch.nn.Identity())[0, position].sum().backward()
         reached = x.grad[0].abs().sum(-1) > 0
         assert reached.tolist() == [i <= position and seen(*divmod(position, SIDE), *divmod(i, SIDE)) for i in range(TOKENS)]
+
+
+@pytest.mark.parametrize('kind', ['local', 'column'])
+def test_attention_fades_with_distance(kind):
+    # of equal scores, those of a pixel so many rows and columns away count exp(-slope * distance)
+    attn = small(attention=kind, n_layer=1, alibi=True).transformer.h[0].attn
+    torch.nn.init.zeros_(attn.c_attn.weight[:64])  # queries and keys
+    torch.nn.init.eye_(attn.c_attn.weight[64:])
+    torch.nn.init.eye_(attn.c_proj.weight)
+    x = torch.randn(1, TOKENS, 32)
+    y, here = attn(x, torch.nn.Identity())[0], 5 * SIDE + 7
+    for head, slope in enumerate((1 / 4, 1 / 64)):
+        away = {i: abs(i // SIDE - 5) + abs(i % SIDE - 7) for i in range(here + 1) if (i % SIDE == 7 if kind == 'column' else i >= 4 * SIDE)}
+        weights = torch.tensor([-slope * distance for distance in away.values()]).softmax(0)
+        expected = (weights[:, None] * x[0, list(away)]).sum(0)
+        assert torch.allclose(y[here].view(2, 16)[head], expected.view(2, 16)[head], atol=1e-5)
 
 
 def test_the_first_pixel_is_learnt_from_the_start_embedding():
