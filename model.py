@@ -100,7 +100,7 @@ class CausalSelfAttention(nn.Module):
             distance, seen = away.abs(), away >= 0
             if kind == 'local':  # all of the row above comes before the row itself
                 distance, seen = torch.cat((distance + 1, distance), dim=1), torch.cat((torch.ones_like(seen), seen), dim=1)
-            slopes = 4 * 0.5 ** (8 / config.n_head * torch.arange(1, config.n_head + 1)) if config.alibi else torch.zeros(1)
+            slopes = 8 * 0.5 ** (8 / config.n_head * torch.arange(1, config.n_head + 1)) if config.alibi else torch.zeros(1)
             self.register_buffer('mask', torch.where(seen, -slopes[:, None, None] * distance, -math.inf), persistent=False)
 
     def forward(self, x, ln, kv=None):

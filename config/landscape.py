@@ -10,7 +10,7 @@ neighbours = 12  # up to two rows above and two columns aside
 factorised_colours = True
 relative_colours = True
 attention = 'local column'  # in turn; a fraction of the time and the cache that full attention takes
-alibi = True
+alibi = True  # what is near counts more
 
 batch_size = 8  # one image each for eight GPUs; smaller batches learn a little more from an image, but need more steps
 max_iters = 6000

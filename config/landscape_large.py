@@ -12,7 +12,7 @@ neighbours = 24  # all of the three rows above and three pixels to the left
 factorised_colours = True
 relative_colours = True
 attention = 'local column local full'  # a GPU can afford to look at the whole image in every fourth layer
-alibi = True
+alibi = True  # what is near counts more
 dropout = 0.1  # it sees every image many times
 
 batch_size = 32

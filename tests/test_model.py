@@ -164,7 +164,7 @@ def test_attention_fades_with_distance(kind):
     torch.nn.init.eye_(attn.c_proj.weight)
     x = torch.randn(1, TOKENS, 32)
     y, here = attn(x, torch.nn.Identity())[0], 5 * SIDE + 7
-    for head, slope in enumerate((1 / 4, 1 / 64)):
+    for head, slope in enumerate((1 / 2, 1 / 32)):
         away = {i: abs(i // SIDE - 5) + abs(i % SIDE - 7) for i in range(here + 1) if (i % SIDE == 7 if kind == 'column' else i >= 4 * SIDE)}
         weights = torch.tensor([-slope * distance for distance in away.values()]).softmax(0)
         expected = (weights[:, None] * x[0, list(away)]).sum(0)
