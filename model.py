@@ -94,14 +94,14 @@ class CausalSelfAttention(nn.Module):
         self.kind, self.width = kind, config.width
         if kind == 'full':
             self.mask = None  # causal
-        else:  # (1 or nh, length, keys), added to the scores
+        else:  # (1, 1 or nh, length, keys), added to the scores; with fewer dimensions attention would take a slow path on a CPU
             length = self.width if kind == 'local' else config.block_size // self.width
             away = torch.arange(length)[:, None] - torch.arange(length)  # (length, length), below 0 what comes later
             distance, seen = away.abs(), away >= 0
             if kind == 'local':  # all of the row above comes before the row itself
                 distance, seen = torch.cat((distance + 1, distance), dim=1), torch.cat((torch.ones_like(seen), seen), dim=1)
             slopes = 8 * 0.5 ** (8 / config.n_head * torch.arange(1, config.n_head + 1)) if config.alibi else torch.zeros(1)
-            self.register_buffer('mask', torch.where(seen, -slopes[:, None, None] * distance, -math.inf), persistent=False)
+            self.register_buffer('mask', torch.where(seen, -slopes[None, :, None, None] * distance, -math.inf), persistent=False)
 
     def forward(self, x, ln, kv=None):
         """(B, P, C) -> (B, P, C); ln is applied to x first, inside what is recomputed. kv: a list that receives queries, keys and values, (3, B * lanes, nh, length, hs)."""
@@ -117,7 +117,7 @@ class CausalSelfAttention(nn.Module):
             q, k, v = qkv if x.is_cuda else qkv.to(x.dtype)
             if self.kind == 'local':  # zeros above the first row
                 k, v = (torch.cat((F.pad(t.unflatten(0, (B, -1)), (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1].flatten(0, 1), t), dim=2) for t in (k, v))
-            mask = None if self.mask is None else self.mask[:, :length, :k.size(2)].to(q.dtype)
+            mask = None if self.mask is None else self.mask[..., :length, :k.size(2)].to(q.dtype)
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.dropout if self.training else 0.0, is_causal=mask is None)
         y = self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # (B * lanes, length, C), the heads side by side
         if self.kind == 'column':
@@ -500,9 +500,9 @@ class Decoder:
         self.kv = [weight.new_zeros(2, B, n, c.n_head, length, c.n_embd // c.n_head) for n, length in (lanes[kind] for kind, *_ in self.blocks)]
         self.span = torch.arange(c.block_size, device=weight.device)
         self.later = F.pad(weight.new_full((ahead, ahead), -math.inf).triu(1), (c.block_size, 0))  # what the positions of a pass may not see
-        self.masks = {b.attn.kind: b.attn.mask for b in h.h}  # (1 or nh, slots, length)
+        self.masks = {b.attn.kind: b.attn.mask for b in h.h}  # (1, 1 or nh, slots, length)
         if 'local' in self.masks:  # in every other row the one above comes last
-            self.masks['local'] = torch.cat((self.masks['local'].roll(c.width, -1), self.masks['local']), dim=1)
+            self.masks['local'] = torch.cat((self.masks['local'].roll(c.width, -1), self.masks['local']), dim=2)
         if c.neighbours:  # what the hidden layer of the stem gets from each colour as each neighbour, and its bias from the first of them
             self.stem, self.stem_proj = h.stem.table(F.pad(colours, (0, 0, 0, 1))), linear(h.stem.c_proj)
             self.stem[::c.neighbours] += h.stem.c_fc.bias
@@ -536,11 +536,11 @@ class Decoder:
         graph, (lanes, length) = isinstance(position, torch.Tensor), self.lanes[kind]
         lane, slot = (position % lanes, position // lanes) if kind == 'column' else (0 * position, position % length)
         if graph:
-            return lane, slot, length, (torch.where(self.span[None] > slot, -math.inf, 0.0).to(self.head.dtype) if kind == 'full' else self.masks[kind].index_select(1, slot))
+            return lane, slot, length, (torch.where(self.span[None] > slot, -math.inf, 0.0).to(self.head.dtype) if kind == 'full' else self.masks[kind].index_select(2, slot))
         if kind == 'local':
-            return lane, slot, length, self.masks[kind].narrow(1, slot, W)
+            return lane, slot, length, self.masks[kind].narrow(2, slot, W)
         if kind == 'column':
-            return lane, slot, slot + 1, self.masks[kind].narrow(1, slot, 1).narrow(2, 0, slot + 1)
+            return lane, slot, slot + 1, self.masks[kind].narrow(2, slot, 1).narrow(3, 0, slot + 1)
         return lane, slot, slot + W, None if W == 1 else self.later[:W, len(self.span) - slot:len(self.span) + W]
 
     def decode(self, tokens, pixel):
@@ -597,14 +597,14 @@ def linear(module):
 
 
 def images_at_once(model):
-    """How many images are painted side by side: on CUDA as many as half of the free memory holds, else 8.
+    """How many images are painted side by side: on CUDA as many as half of the free memory holds, else 8 with full attention and 32 without.
 
     With full attention, keys and values of a 64x64 image are 16.8 MB in float32 (4 layers of width 128). What does not fit into
-    the caches of a CPU is read from main memory for every pixel, and larger batches gain nothing.
+    the caches of a CPU is read from main memory for every pixel, and larger batches gain nothing. Rows and columns are a few kB.
     """
     config, weight = model.config, model.lm_head.weight
     if weight.device.type != 'cuda':
-        return 8
+        return 8 if 'full' in config.attention else 32
     image = 2 * config.n_layer * config.block_size * config.n_embd * weight.itemsize  # at most: local attention keeps two rows
     return max(1, torch.cuda.mem_get_info(weight.device)[0] // 2 // image)
 

@@ -269,18 +269,22 @@ def plot(columns, iterations, path):
     from matplotlib import pyplot as plt
     distance, bits_per_pixel = 'sliced Wasserstein distance, mean', 'bits per pixel, validation'
     value = {**{measure: [columns[name][measure] for name in iterations] for measure in (distance, 'anisotropy', bits_per_pixel)}, 'iteration': list(iterations.values())}
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4))
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout='constrained')
     for ax, x, y in zip(axes, ('iteration', bits_per_pixel, bits_per_pixel), (distance, distance, 'anisotropy')):
         ax.plot(value[x], value[y], 'o-')
-        for iteration, *at in zip(iterations.values(), value[x], value[y]):
+        for iteration, *at in zip(value['iteration'], value[x], value[y]) if x != 'iteration' else ():
             ax.annotate(iteration, at, textcoords='offset points', xytext=(4, 6), fontsize=8)
         ax.axhline(columns['floor'][y], color='grey', linestyle=':', label='training photographs')
-        ax.set(xlabel=x, ylabel=y, xscale='log' if x == 'iteration' else 'linear')
-        if x != 'iteration':
+        ax.set(xlabel=x, ylabel=y)
+        if x == 'iteration':
+            ax.set_xscale('log')
+            ax.minorticks_off()
+            ax.set_xticks(value[x], value[x])
+        else:
             ax.invert_xaxis()  # training goes to the right
         ax.grid(alpha=0.3)
         ax.legend()
-    figure.savefig(path, dpi=80, bbox_inches='tight')
+    figure.savefig(path, dpi=80)
 
 
 def main():

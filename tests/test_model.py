@@ -171,6 +171,16 @@ def test_attention_fades_with_distance(kind):
         assert torch.allclose(y[here].view(2, 16)[head], expected.view(2, 16)[head], atol=1e-5)
 
 
+@kinds
+def test_attention_never_leaves_the_fast_kernel_of_a_cpu(kind):
+    model = small(kind)
+    with torch.profiler.profile() as profile:
+        model(images(2)).backward()
+        model.generate(images(1)[:, :1], 2 * SIDE)
+    called = {event.key for event in profile.key_averages()}
+    assert 'aten::_scaled_dot_product_flash_attention_for_cpu' in called and 'aten::_scaled_dot_product_attention_math' not in called
+
+
 def test_the_first_pixel_is_learnt_from_the_start_embedding():
     model, tokens = small().train(), images(1).repeat(4, 1)
     tokens[:, 0] = torch.tensor([0xFEC, 0xFEC, 0xFEC, 0x123])
