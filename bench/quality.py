@@ -1,6 +1,6 @@
 """What people see, measured without any pretrained network: samples of models beside real photographs.
 
-    python bench/quality.py --ckpt out/ckpt6000.pt --data data/photos                  # 1,000 samples: a quarter of an hour on two cores
+    python bench/quality.py --ckpt out/ckpt6000.pt --data data/photos                  # 1,000 samples: less than half an hour on two cores
     python bench/quality.py --ckpt frequencies out/ckpt200.pt out/ckpt6000.pt --num_samples 256     # a quick look, side by side
     python bench/quality.py --ckpt out/ckpt6000.pt --sampling temperature=0.9 top_p=0.95 --num_samples 256
 
