@@ -25,7 +25,7 @@ LEVELS = 16  # of a channel: a colour is red * 256 + green * 16 + blue
 # known pixels around the one to be predicted as (row, column) from it, the nearest first
 NEIGHBOURS = sorted(((row, column) for row in range(-3, 1) for column in range(-3, 4) if (row, column) < (0, 0)),
                     key=lambda at: (at[0] ** 2 + at[1] ** 2, -at[0], abs(at[1]), at[1]))
-AHEAD = 4  # pixels a pass of paint_ahead, at most
+AHEAD = 6  # pixels a pass of paint_ahead, at most
 NOISE = 32  # pixels that the noise is made for in one go: 4,096 numbers each, which stay in the cache of a CPU
 
 
@@ -103,14 +103,13 @@ class CausalSelfAttention(nn.Module):
             slopes = 8 * 0.5 ** (8 / config.n_head * torch.arange(1, config.n_head + 1)) if config.alibi else torch.zeros(1)
             self.register_buffer('mask', torch.where(seen, -slopes[None, :, None, None] * distance, -math.inf), persistent=False)
 
-    def forward(self, x, ln, kv=None):
-        """(B, P, C) -> (B, P, C); ln is applied to x first, inside what is recomputed. kv: a list that receives queries, keys and values, (3, B * lanes, nh, length, hs)."""
+    def forward(self, x, kv=None):
+        """(B, P, C) -> (B, P, C). kv: a list that receives queries, keys and values, (3, B * lanes, nh, length, hs)."""
         B, P, C = x.size()
         if self.kind == 'column':
             x = x.view(B, -1, self.width, C).transpose(1, 2)  # (B, width, height, C)
         length = {'full': P, 'local': self.width, 'column': P // self.width}[self.kind]
-        # (3, B * lanes, nh, length, hs)
-        qkv = recomputed(lambda x: self.c_attn(ln(x)), x).reshape(-1, length, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        qkv = self.c_attn(x).reshape(-1, length, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B * lanes, nh, length, hs)
         if kv is not None:
             kv.append(qkv)
         with torch.autocast('cpu', enabled=False):  # where its gradient is five times slower in bfloat16
@@ -148,7 +147,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, kv=None):
-        x = x + self.attn(x, self.ln_1, kv)
+        attend = lambda x: self.attn(self.ln_1(x), kv)
+        x = x + (attend(x) if self.attn.kind == 'full' else recomputed(attend, x))  # full attention takes too long for that
         x = x + recomputed(lambda x: self.mlp(self.ln_2(x)), x)
         return x
 
@@ -417,27 +417,30 @@ def paint_cached(model, images, seeds, draw, first):
 def paint_ahead(model, images, seeds, draw, first, window=AHEAD):
     """The same for one image, several pixels a pass.
 
-    The noise of a pixel mostly picks the same colour from the distribution of the pixel before it as from its own: that is a
-    guess. A pass takes the next pixel and guesses of those after it, and draws all of them; what it draws stands as far as the
-    guesses before it were right, and the rest are the next guesses. So it is the image of paint_cached, in some 60 passes for 100 pixels.
-    Speculative decoding (Leviathan et al. 2022, arXiv 2211.17192), without a second model; Jacobi iteration (arXiv 2002.03629).
+    The noise of a pixel mostly picks the same colour from the distribution of an earlier pixel as from its own: that is a guess.
+    A pass takes the newest pixel and guesses of those after it, and draws all of them; what it draws stands as far as the
+    guesses before it were right. So it is the image of paint_cached, in some 35 passes for 100 pixels.
+    Speculative decoding (Leviathan et al. 2022, arXiv 2211.17192), without a second model.
     """
     decoder, pixels, width, V = Decoder(model, 1, window), images[0], model.config.width, model.config.vocab_size
-    logits = decoder.prefill(images[:, :first])  # (1, V), the newest
-    i = known = end = first  # decided so far; decided or guessed; those that there is noise for
+    logits = decoder.prefill(images[:, :first])  # (1, V), of the newest pixel
+    i = end = first  # decided so far; those that there is noise for
     while i < len(pixels):
         if i == end:  # no pass goes beyond the end of a row
             begin, end = i, min(i + NOISE, (i // width + 1) * width, len(pixels))
             noise = gumbel_noise(seeds, begin, end - begin, V)[:, 0]  # (end - begin, V)
-        last = min(i + window, end) if i > first else i + 1
-        if known < last - 1:
-            pixels[known:last - 1] = draw(logits.expand(last - 1 - known, V), noise[known - begin:last - 1 - begin])
+        last = min(i + window, end) if i > first + 1 else i + 1
         if i > first:
+            guesses, theirs = pixels[i:last - 1], noise[i - begin:last - 1 - begin]
+            if len(guesses):
+                guesses.copy_(draw(logits.expand(len(guesses), V), theirs))
+                if model.config.relative_colours:  # again, now that each has a colour to its left
+                    guesses.copy_(draw(decoder.moved(logits, accepted - 1, images[:, i - 1:last - 2], i), theirs))
             logits = decoder.decode(images[:, i - 1:last - 1], i)[0]  # (W, V)
         drawn = draw(logits, noise[i - begin:last - begin])
         accepted = 1 + int((drawn[:-1] == pixels[i:last - 1]).cumprod(0).sum())  # one more than guesses that were right
         pixels[i:last] = drawn
-        logits, known, i = logits[accepted - 1:accepted], last, i + accepted
+        logits, i = logits[accepted - 1:accepted], i + accepted
         yield accepted
 
 
@@ -491,7 +494,7 @@ class Decoder:
         self.model, self.n_head, self.width, self.height = model, c.n_head, c.width, c.block_size // c.width
         colours = model.colours()
         self.colours, self.positions, self.ln_f = colours, model.positions(), norm(h.ln_f)
-        self.head = (torch.cat((colours, model.one_hot), dim=1) if c.relative_colours else colours).t().contiguous()
+        self.head = colours.view(LEVELS, -1, c.n_embd).transpose(1, 2).contiguous()  # (16, C, V / 16): a CPU takes twice as long for one product with all of it
         self.blocks = [(b.attn.kind, norm(b.ln_1), linear(b.attn.c_attn), linear(b.attn.c_proj),
                         norm(b.ln_2), linear(b.mlp.c_fc), linear(b.mlp.c_proj)) for b in h.h]
         lanes = {'full': (1, c.block_size), 'local': (1, 2 * c.width), 'column': (c.width, self.height)}  # how many, how long
@@ -549,14 +552,12 @@ class Decoder:
         pixel is a number or, for a graph, tensor([number]), and W then 1.
         """
         (B, W), c, graph = tokens.shape, self.model.config, isinstance(pixel, torch.Tensor)
-        rows = lambda table, i: table.index_select(0, i) if graph else table.narrow(0, i, W)
         position = pixel - int(not c.start_embedding)
         places = {kind: self.place(kind, position, W) for kind in self.lanes}
-        x = torch.embedding(self.colours, tokens) + rows(self.positions, position)
+        x = torch.embedding(self.colours, tokens) + rows(self.positions, position, W)
         x = x.view(B * W, -1)  # (B * W, C)
         if c.neighbours or c.relative_colours:
-            self.canvas.index_copy_(1, rows(self.on_canvas, pixel - 1), tokens)
-            around = self.canvas.index_select(1, rows(self.neighbours, pixel).view(-1)).view(B * W, -1)  # (B * W, 24)
+            around = self.around(tokens, pixel)
         if c.neighbours:
             x = self.stem_proj(F.gelu(torch.embedding(self.stem, torch.add(self.kth, around[:, :c.neighbours], alpha=c.neighbours)).sum(1)), x)
         for (kind, ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), kv in zip(self.blocks, self.kv):
@@ -575,9 +576,34 @@ class Decoder:
             x = attn_proj(y.transpose(1, 2).reshape(B * W, -1), x)  # the heads side by side
             x = mlp_proj(F.gelu(c_fc(ln_2(x))), x)
         x = self.ln_f(x)
+        logits = torch.bmm(x.expand(LEVELS, -1, -1), self.head).transpose(0, 1)  # (B * W, 16, V / 16)
         if c.relative_colours:
-            x = torch.cat((x, self.model.relative_scores(self.rel_head(x), around)), dim=-1)
-        return torch.mm(x, self.head).view(B, W, -1)
+            self.scores = self.rel_head(x)  # (B * W, 186)
+            self.levels = self.model.relative_scores(self.scores, around)  # (B * W, 48)
+            return every_colour(self.levels).add_(logits).view(B, W, -1)
+        return logits.reshape(B, W, -1)
+
+    def around(self, tokens, pixel):
+        """Tokens as in decode -> the known pixels around as many from pixel on, (B * W, 24)."""
+        B, W = tokens.shape
+        self.canvas.index_copy_(1, rows(self.on_canvas, pixel - 1, W), tokens)
+        return self.canvas.index_select(1, rows(self.neighbours, pixel, W).view(-1)).view(B * W, -1)
+
+    def moved(self, logits, i, tokens, pixel):
+        """Logits (1, V) of pixel i of the last pass -> what they would be with the neighbours of others, tokens and pixel as in decode, (W, V)."""
+        change = self.model.relative_scores(self.scores[i:i + 1].expand(tokens.size(1), -1), self.around(tokens, pixel)) - self.levels[i]
+        return logits + every_colour(change).flatten(1)
+
+
+def every_colour(levels):
+    """A number for each red, green and blue level, (n, 48) -> the sum of three for each colour, (n, 16, 256)."""
+    red, green, blue = levels.view(-1, 3, LEVELS).unbind(1)
+    return red[:, :, None] + (green[:, :, None] + blue[:, None]).flatten(1)[:, None]
+
+
+def rows(table, i, count):
+    """Rows i, i + 1, ... of a table; i is a number or, for a graph, tensor([number]), and count then 1."""
+    return table.index_select(0, i) if isinstance(i, torch.Tensor) else table.narrow(0, i, count)
 
 
 def norm(module):

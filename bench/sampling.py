@@ -24,7 +24,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import extras  # noqa: E402
-from model import Decoder, choose, images_at_once, paint_ahead, painting, restrict  # noqa: E402
+from model import AHEAD, Decoder, choose, images_at_once, paint_ahead, painting, restrict  # noqa: E402
 
 
 def clock(device):
@@ -94,11 +94,11 @@ def first_picture(ckpt):
 
 
 def profile(model, device):
-    """What a pass of four pixels in the middle of an image is made of."""
-    N, tokens = model.config.tokens_per_image, torch.zeros(1, 4, dtype=torch.long, device=device)
+    """What a pass of AHEAD pixels in the middle of an image is made of."""
+    N, tokens = model.config.tokens_per_image, torch.zeros(1, AHEAD, dtype=torch.long, device=device)
     with painting(model, 1):
-        decoder = Decoder(model, 1, 4)
-        step = lambda i: choose(restrict(decoder.decode(tokens, N // 2 + i % 60)[0]), 0.0)
+        decoder = Decoder(model, 1, AHEAD)
+        step = lambda i: choose(restrict(decoder.decode(tokens, N // 2 + i % (64 - AHEAD))[0]), 0.0)
         for i in range(100):
             step(i)
         with torch.profiler.profile() as profiler:
@@ -115,7 +115,7 @@ def windows(model):
     """One image with so many pixels a pass; it must be the same image every time."""
     print('| pixels a pass, at most | on average | us a pass | s an image |\n|---|---|---|---|')
     images, N = {}, model.config.tokens_per_image
-    for window in (1, 2, 3, 4, 6):
+    for window in (1, 2, 4, 6, 8, 12):
         passes = seconds = 0
         for seed in range(4):
             image = torch.full((1, N), 0xFEC)
