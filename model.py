@@ -419,7 +419,7 @@ def paint_ahead(model, images, seeds, draw, first, window=AHEAD):
 
     The noise of a pixel mostly picks the same colour from the distribution of an earlier pixel as from its own: that is a guess.
     A pass takes the newest pixel and guesses of those after it, and draws all of them; what it draws stands as far as the
-    guesses before it were right. So it is the image of paint_cached, in some 35 passes for 100 pixels.
+    guesses before it were right. So it is the image of paint_cached, in some 40 passes for 100 pixels.
     Speculative decoding (Leviathan et al. 2022, arXiv 2211.17192), without a second model.
     """
     decoder, pixels, width, V = Decoder(model, 1, window), images[0], model.config.width, model.config.vocab_size
