@@ -429,13 +429,13 @@ def paint_ahead(model, images, seeds, draw, first, window=AHEAD):
         if i == end:  # no pass goes beyond the end of a row
             begin, end = i, min(i + NOISE, (i // width + 1) * width, len(pixels))
             noise = gumbel_noise(seeds, begin, end - begin, V)[:, 0]  # (end - begin, V)
-        last = min(i + window, end) if i > first + 1 else i + 1
+        last = min(i + window, end) if i > first + 1 else i + 1  # there are no guesses before the first pass
         if i > first:
-            guesses, theirs = pixels[i:last - 1], noise[i - begin:last - 1 - begin]
+            guesses, ahead = pixels[i:last - 1], noise[i - begin:last - 1 - begin]
             if len(guesses):
-                guesses.copy_(draw(logits.expand(len(guesses), V), theirs))
+                guesses.copy_(draw(logits.expand(len(guesses), V), ahead))
                 if model.config.relative_colours:  # again, now that each has a colour to its left
-                    guesses.copy_(draw(decoder.moved(logits, accepted - 1, images[:, i - 1:last - 2], i), theirs))
+                    guesses.copy_(draw(decoder.moved(logits, accepted - 1, images[:, i - 1:last - 2], i), ahead))
             logits = decoder.decode(images[:, i - 1:last - 1], i)[0]  # (W, V)
         drawn = draw(logits, noise[i - begin:last - begin])
         accepted = 1 + int((drawn[:-1] == pixels[i:last - 1]).cumprod(0).sum())  # one more than guesses that were right
@@ -590,7 +590,7 @@ class Decoder:
         return self.canvas.index_select(1, rows(self.neighbours, pixel, W).view(-1)).view(B * W, -1)
 
     def moved(self, logits, i, tokens, pixel):
-        """Logits (1, V) of pixel i of the last pass -> what they would be with the neighbours of others, tokens and pixel as in decode, (W, V)."""
+        """Logits (1, V), those of the i-th pixel of the last pass, as they would be with the neighbours of other pixels -> (W, V); tokens and pixel as in decode."""
         change = self.model.relative_scores(self.scores[i:i + 1].expand(tokens.size(1), -1), self.around(tokens, pixel)) - self.levels[i]
         return logits + every_colour(change).flatten(1)
 

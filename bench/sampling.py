@@ -95,10 +95,10 @@ def first_picture(ckpt):
 
 def profile(model, device):
     """What a pass of AHEAD pixels in the middle of an image is made of."""
-    N, tokens = model.config.tokens_per_image, torch.zeros(1, AHEAD, dtype=torch.long, device=device)
+    width, tokens = model.config.width, torch.zeros(1, AHEAD, dtype=torch.long, device=device)
     with painting(model, 1):
         decoder = Decoder(model, 1, AHEAD)
-        step = lambda i: choose(restrict(decoder.decode(tokens, N // 2 + i % (64 - AHEAD))[0]), 0.0)
+        step = lambda i: choose(restrict(decoder.decode(tokens, width * (width // 2) + i % (width - AHEAD))[0]), 0.0)
         for i in range(100):
             step(i)
         with torch.profiler.profile() as profiler:
