@@ -1,7 +1,9 @@
 """Real processes on real files: what a user types is what is tested. One thread a process, so that runs are repeatable."""
+import multiprocessing
 import os
-import subprocess
+import runpy
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,9 @@ sys.path.insert(0, str(ROOT))
 os.environ['OMP_NUM_THREADS'] = '1'  # before torch is imported: two test processes with two threads each stand in each other's way
 os.environ['HF_HUB_OFFLINE'] = '1'
 ENV = {**os.environ, 'PYTHONPATH': ''}
+os.environ['PYTHONPATH'] = os.pathsep.join([str(ROOT), str(ROOT / 'tests')])
+WARM = multiprocessing.get_context('forkserver')
+WARM.set_forkserver_preload(['conftest', 'prepare', 'train', 'sample', 'torch._dynamo'])  # once, not in each of a hundred processes: seconds of importing torch
 # a model that trains in a second
 TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--learning_rate=3e-3', '--warmup_iters=5', '--batch_size=8',
         '--log_interval=5', '--num_samples=2', '--device=cpu', '--dtype=float32']
@@ -23,11 +28,26 @@ def command(script, *args):
     return [sys.executable, str(ROOT / script), *map(str, args)]
 
 
-def call(script, *args, code=0, **kwargs):
+def run_script(script, args, output, cwd):
+    """What python does with a script, in a process of its own that has imported torch already."""
+    multiprocessing.set_start_method(None, force=True)  # for its own children: the usual one
+    os.chdir(cwd)
+    with open(output, 'w') as f:
+        os.dup2(f.fileno(), 1), os.dup2(f.fileno(), 2)
+    sys.argv, sys.path[0] = [script, *args], os.path.dirname(script)
+    runpy.run_path(script, run_name='__main__')
+
+
+def call(script, *args, code=0, cwd='.'):
     """Run a script to its end -> what it printed, standard output and error together; its exit code must be the given one."""
-    done = subprocess.run(command(script, *args), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240, **kwargs)
-    assert done.returncode == code, done.stdout
-    return done.stdout
+    with tempfile.NamedTemporaryFile('r') as output:
+        process = WARM.Process(target=run_script, args=(str(ROOT / script), [str(a) for a in args], output.name, str(cwd)))
+        process.start()
+        process.join(240)
+        process.kill()
+        printed = output.read()
+    assert process.exitcode == code, printed
+    return printed
 
 
 @pytest.fixture(scope='session')
