@@ -1,7 +1,7 @@
 """What each ingredient is worth: alone on the plain model, and taken away from the recommended one.
 
     python prepare.py --source PHOTOS --size 32 --out_dir data/photos32
-    python bench/ablations.py --data_dir data/photos32              # 14 models, two seeds: 50 minutes on two cores
+    python bench/ablations.py --data_dir data/photos32              # 15 models, two seeds: two hours on two slow cores
 
 Every model sees the same images in the same order, two at a time, with the schedule and the learning rates of config/landscape.py; the
 score is bits per pixel on all validation images. --adamw_lr is that of the models without Muon, for embeddings as for matrices. Runs
@@ -54,7 +54,7 @@ def main():
     parser.add_argument('--out_dir', default='out/ablations', type=Path)
     parser.add_argument('--images', type=int, default=1200, help='200 or more')
     parser.add_argument('--seeds', type=int, nargs='*', default=[1, 2])
-    parser.add_argument('--adamw_lr', type=float, default=3e-3)
+    parser.add_argument('--adamw_lr', type=float, default=2e-3)
     parser.add_argument('--only', nargs='*', help='names of models')
     args = parser.parse_args()
     print(f'| model | {" | ".join(f"seed {seed}" for seed in args.seeds)} | mean | difference | images/s |\n|---|{"---|" * (len(args.seeds) + 3)}')
