@@ -14,9 +14,10 @@ sys.path.insert(0, str(ROOT))
 os.environ['OMP_NUM_THREADS'] = '1'  # before torch is imported: two test processes with two threads each stand in each other's way
 os.environ['HF_HUB_OFFLINE'] = '1'
 ENV = {**os.environ, 'PYTHONPATH': ''}
-os.environ['PYTHONPATH'] = os.pathsep.join([str(ROOT), str(ROOT / 'tests')])
+# importing torch takes seconds: it is done once, in a server that forks a process for each script
 WARM = multiprocessing.get_context('forkserver')
-WARM.set_forkserver_preload(['conftest', 'prepare', 'train', 'sample', 'torch._dynamo'])  # once, not in each of a hundred processes: seconds of importing torch
+WARM.set_forkserver_preload(['conftest', 'prepare', 'train', 'sample', 'torch._dynamo'])
+os.environ['PYTHONPATH'] = os.pathsep.join([str(ROOT), str(ROOT / 'tests')])  # where the server finds them
 # a model that trains in a second
 TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--learning_rate=3e-3', '--warmup_iters=5', '--batch_size=8',
         '--log_interval=5', '--num_samples=2', '--device=cpu', '--dtype=float32']

@@ -193,6 +193,14 @@ def test_one_line_and_a_non_zero_exit(name, places):
     assert not places['mark'].exists()  # no file has run code
 
 
+@pytest.mark.parametrize('name', ['a size of nothing', 'a meta.pkl that runs code', 'a checkpoint that runs code'])
+def test_so_does_a_command_typed_at_a_prompt(name, places):
+    line, words = (text.format(**places) for text in MISTAKES[name])
+    done = subprocess.run(command(*line.split(' ')), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 1 and done.stdout.startswith('error: ') and words in done.stdout and len(done.stdout.splitlines()) == 1
+    assert not places['mark'].exists()
+
+
 def test_the_pickles_are_live(places):
     pickle.loads((places['evilmeta'] / 'meta.pkl').read_bytes())  # the standard loader runs what the scripts did not
     assert places['mark'].exists()
