@@ -135,9 +135,9 @@ def to_image(tokens, scale=1):
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 
-def sheet(images, columns=None, gap=2):
+def sheet(images, columns=None):
     """PIL images of one size -> one picture with all of them in rows, as near to a square as they allow."""
-    columns = columns or int(np.ceil(np.sqrt(len(images))))
+    columns, gap = columns or int(np.ceil(np.sqrt(len(images)))), 2
     w, h = images[0].width + gap, images[0].height + gap
     page = Image.new('RGB', (columns * w + gap, -(-len(images) // columns) * h + gap), 'white')
     for i, image in enumerate(images):
@@ -180,7 +180,7 @@ def make_folder(path):
 def atomic_write(path):
     """A binary file that appears under its name only when it is complete and on the disk."""
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    partial = path + '.partial'
+    partial = f'{path}.partial'
     try:
         with open(partial, 'wb') as f:
             yield f
@@ -261,13 +261,20 @@ def load_checkpoint(path, device='cpu'):
     return checkpoint
 
 
-def build_model(checkpoint, path, device):
-    """A dict of load_checkpoint -> the model on device, ready to paint. Raises UserError."""
+@contextlib.contextmanager
+def fitting(path):
+    """Raises UserError if the checkpoint at path turns out not to fit the model."""
     try:
-        model = GPT(GPTConfig(**checkpoint['model_args']))
-        model.load_state_dict(checkpoint['model'])
+        yield
     except (TypeError, ValueError, RuntimeError) as e:
         raise UserError(f'{path} does not fit the model of model.py ({brief(e)}): use the version of the code that made it') from None
+
+
+def build_model(checkpoint, path, device):
+    """A dict of load_checkpoint -> the model on device, ready to paint. Raises UserError."""
+    with fitting(path):
+        model = GPT(GPTConfig(**checkpoint['model_args']))
+        model.load_state_dict(checkpoint['model'])
     return model.to(device).eval()
 
 # -----------------------------------------------------------------------------
@@ -287,6 +294,9 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             known = [name for action in self._actions for name in action.option_strings]
             raise UserError(_unknown(unknown[0].split('=')[0], known))
+        for name, value in vars(args).items():
+            if isinstance(value, str):  # the shell leaves the ~ of --out_dir=~/runs alone
+                setattr(args, name, os.path.expanduser(value))
         return args
 
 

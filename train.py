@@ -33,14 +33,13 @@ class TrainConfig:
     # files
     data_dir: str = key('data/landscape', 'the data set: a folder that prepare.py has filled')
     out_dir: str = key('out', 'checkpoints, log.csv, loss.png and images/ go here')
-    init_from: str = key('scratch', "'scratch', 'resume' (the checkpoint last written to out_dir), or the path of a checkpoint to go on from")
+    init_from: str = key('scratch', "'scratch', 'resume' (the checkpoint last written to out_dir), or the path of a checkpoint to go on from; of weights alone, as in out/ckpt6000.pt, a new run starts")
     keep_checkpoints: int = key(10, 'how many checkpoints of a run stay on disk; the best one always does')
     # the model
     n_layer: int = key(4, 'transformer blocks')
     n_head: int = key(4, 'attention heads of a block')
     n_embd: int = key(128, 'width of the residual stream')
     dropout: float = key(0.0, 'probability of dropout in training')
-    bias: bool = key(False, 'biases in linear and norm layers')
     start_embedding: bool = key(True, 'learn an embedding that stands before the first pixel, so that the first pixel is predicted too')
     row_column_positions: bool = key(False, 'an embedding of the row plus one of the column of the predicted pixel, not one of each position')
     neighbours: int = key(0, 'how many of the nearest known pixels (24 at most) a small MLP feeds into the first block')
@@ -245,31 +244,36 @@ def main(argv=None):
     raw_model.to(device)  # kept by this name: torch.compile and DDP change those of the weights
     optimizers = raw_model.configure_optimizers(config.weight_decay, config.learning_rate, (config.beta1, config.beta2), config.muon_lr)
     peaks = [optimizer.param_groups[0]['lr'] for optimizer in optimizers]
-    iteration, seconds, best_val_loss, best_iter, saved = 0, 0.0, math.inf, None, []
+    iteration, seconds, best_val_loss, best_iter, saved, own = 0, 0.0, math.inf, None, [], False
     if config.init_from != 'scratch':
         path = find_checkpoint(config)
         checkpoint = extras.load_checkpoint(path, device)
-        for name, value in model_args.items():
-            theirs = checkpoint['model_args'].get(name, getattr(GPTConfig, name, None))
-            if theirs != value and name != 'dropout':
-                raise UserError(f"{path} has {name}={theirs}, this run {name}={value}: resume with the config (and data) it was made with")
-        if 'optimizer' not in checkpoint or 'run' not in checkpoint:
-            raise UserError(f'{path} holds weights for sampling only: it cannot be resumed')
-        raw_model.load_state_dict(checkpoint['model'])
-        states = [checkpoint[name] for name in ('optimizer', 'muon') if checkpoint.get(name)]
-        if len(states) != len(optimizers):
-            raise UserError(f"{path} was trained {'with' if len(states) > 1 else 'without'} Muon: resume with --muon_lr={'more than 0' if len(states) > 1 else '0'}")
-        for optimizer, state in zip(optimizers, states):  # the moments from the checkpoint, but the weight decay and betas of this run's config
-            optimizer.load_state_dict({**state, 'param_groups': optimizer.state_dict()['param_groups']})
-        if checkpoint['scaler']:  # empty, unless it was float16
-            scaler.load_state_dict(checkpoint['scaler'])
-        iteration, best_val_loss = checkpoint['iter_num'], checkpoint['best_val_loss']
-        seconds, best_iter, saved = (checkpoint['run'][name] for name in ('seconds', 'best_iter', 'saved'))
-        if os.path.realpath(os.path.dirname(path)) != os.path.realpath(config.out_dir):  # what lies here is of another run
-            best_val_loss, best_iter, saved = math.inf, None, []
-        if iteration >= config.max_iters:
-            raise UserError(f'{path} has done all {iteration} iterations: raise --max_iters to go on')
-        say(f'going on from {path}, iteration {iteration}')
+        whole = 'run' in checkpoint  # not weights alone
+        if not whole and config.init_from == 'resume':
+            raise UserError(f'{path} holds weights alone, so there is nothing to resume: --init_from={path} starts a new run with them')
+        theirs = {**checkpoint['model_args'], **({'batch_size': checkpoint['config']['batch_size']} if whole else {})}
+        for name, value in {**model_args, 'batch_size': config.batch_size}.items():
+            value_there = theirs.get(name, getattr(GPTConfig, name, value))
+            if value_there != value and name != 'dropout':
+                raise UserError(f"{path} has {name}={value_there}, this run {name}={value}: resume with the config (and data) it was made with")
+        with extras.fitting(path):
+            raw_model.load_state_dict(checkpoint['model'])
+        if whole:
+            states = [checkpoint[name] for name in ('optimizer', 'muon') if checkpoint.get(name)]
+            if len(states) != len(optimizers):
+                raise UserError(f"{path} was trained {'with' if len(states) > 1 else 'without'} Muon: resume with --muon_lr={'more than 0' if len(states) > 1 else '0'}")
+            for optimizer, state in zip(optimizers, states):  # the moments from the checkpoint, but the weight decay and betas of this run's config
+                optimizer.load_state_dict({**state, 'param_groups': optimizer.state_dict()['param_groups']})
+            if checkpoint['scaler']:  # empty, unless it was float16
+                scaler.load_state_dict(checkpoint['scaler'])
+            iteration, best_val_loss = checkpoint['iter_num'], checkpoint['best_val_loss']
+            seconds, best_iter, saved = (checkpoint['run'][name] for name in ('seconds', 'best_iter', 'saved'))
+            own = os.path.realpath(os.path.dirname(path)) == os.path.realpath(config.out_dir)
+            if not own:  # what lies here is of another run
+                best_val_loss, best_iter, saved = math.inf, None, []
+            if iteration >= config.max_iters:
+                raise UserError(f'{path} has done all {iteration} iterations: raise --max_iters to go on')
+        say(f"going on from {path}, iteration {checkpoint['iter_num']}" if whole else f'a new run with the weights of {path}')
         del checkpoint
 
     model = raw_model
@@ -286,7 +290,7 @@ def main(argv=None):
         f"{config.max_iters:,} iterations of {config.batch_size} images are {config.max_iters * config.batch_size / len(train_data):.2f} epochs")
     wandb = None
     if master:
-        start_log(log_path, iteration)
+        start_log(log_path, iteration if own else 0)
         if config.wandb_log:
             try:
                 import wandb
@@ -337,6 +341,8 @@ def main(argv=None):
                 log('train_loss', train_loss)
             loss_sum.zero_()
             loss_count, window = 0, time.time()
+        elif iteration == first + 1:  # something to see before the first log line
+            say(f'iter {iteration} | loss {loss_sum.item():.4f} | {time.time() - window:.1f} s')
 
         # evaluation: the loss over all validation images, a sheet of samples, a checkpoint
         if iteration > first and eval_step:
@@ -381,12 +387,12 @@ def main(argv=None):
                 loss = model(tokens) / config.gradient_accumulation_steps
             scaler.scale(loss).backward()
             loss_sum += loss.detach()
-        if config.grad_clip:
-            for optimizer in optimizers:
-                scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip)
         for optimizer in optimizers:
-            scaler.step(optimizer)
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
+        for optimizer in optimizers:
+            if not scaler.is_enabled() or norm.isfinite():  # in float16, what overflows for one would spoil the other's clipped gradients
+                scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         scaler.update()
         loss_count += 1

@@ -259,7 +259,7 @@ def pairs(tokens, train, path, count=8):
     distances, indices = nearest(small(tokens), small(train))
     closest = np.argsort(distances)[:count]
     theirs = [train[i % len(train)][:, ::-1 if i >= len(train) else 1] for i in indices[closest]]
-    extras.save_picture(extras.sheet([extras.to_image(image, scale=2) for image in (*tokens[closest], *theirs)], count), str(path))
+    extras.save_picture(extras.sheet([extras.to_image(image, scale=2) for image in (*tokens[closest], *theirs)], count), path)
 
 
 def plot(columns, iterations, path):
@@ -327,11 +327,11 @@ def main():
             rows += [extras.to_image(image) for image in tokens[:9]]
     if len(set(iterations.values())) > 1:
         plot(columns, iterations, args.out / 'run.png')
-        extras.save_picture(extras.sheet(rows, 9), str(args.out / 'training.png'))
+        extras.save_picture(extras.sheet(rows, 9), args.out / 'training.png')
     print(f'{n} images in each set\n\n| measure | {" | ".join(columns)} |\n|---|{"---|" * len(columns)}')
     for measure in list(columns.values())[-1]:
         print(f'| {measure} | ' + ' | '.join(f'{column[measure]:.3g}' if measure in column else '' for column in columns.values()) + ' |')
 
 
 if __name__ == '__main__':
-    main()
+    extras.run(main)

@@ -1,7 +1,7 @@
 """How fast the sampler paints, beside the plain loop and beside what the memory allows.
 
     python bench/sampling.py                          # the shipped checkpoint
-    python bench/sampling.py --ckpt out/mine/ckpt.pt  # another trained one: an untrained model is no measure, its pixels are too easily guessed
+    python bench/sampling.py --ckpt out/mine/ckpt6000.pt  # another trained one: an untrained model is no measure, its pixels are too easily guessed
     python bench/sampling.py --windows                # one image, so many pixels a pass
     python bench/sampling.py --profile                # where the time of a pass goes
 
@@ -160,4 +160,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    extras.run(main)

@@ -1,5 +1,5 @@
 # The recommended recipe: the same transformer, which now sees in two dimensions; 48,000 images in 6,000 steps. Two hours on
-# two CPU cores with AMX (bfloat16), four to nine without; --batch_size=2 stops at 12,000 images, after a third of that time.
+# two CPU cores with AMX (bfloat16), nine to twelve without; --batch_size=2 stops at 12,000 images, after a quarter of that time.
 data_dir = 'data/landscape'  # python prepare.py
 
 n_layer = 4
@@ -22,4 +22,3 @@ warmup_iters = 50
 beta2 = 0.99  # a small batch is noisy
 
 eval_at = (200, 400, 800, 1600, 3000, 6000)  # dense early, where pictures change fast
-log_interval = 50

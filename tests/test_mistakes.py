@@ -87,7 +87,9 @@ MISTAKES = {
     'nothing to resume': ('train.py {tiny} --init_from=resume', 'nothing to resume'),
     'resuming from nowhere': ('train.py {tiny} --init_from={new}/ckpt1.pt', 'no checkpoint'),
     'resuming another model': ('train.py {tiny} --init_from={ckpt} --n_layer=3', 'has n_layer=2, this run n_layer=3'),
-    'resuming weights alone': ('train.py {tiny} --init_from={weights}', 'cannot be resumed'),
+    'resuming with other batches': ('train.py {tiny} --init_from={ckpt} --batch_size=4', 'has batch_size=8, this run batch_size=4'),
+    'resuming what does not fit': ('train.py {tiny} --init_from={strange}', 'does not fit the model'),
+    'resuming weights alone': ('train.py {tiny} --out_dir={weights} --init_from=resume', 'nothing to resume: --init_from='),
     'resuming what is done': ('train.py {tiny} --init_from={ckpt} --max_iters=20', 'raise --max_iters'),
     'resuming half a checkpoint': ('train.py {tiny} --init_from={halfckpt}', 'no readable checkpoint'),
     'wandb not installed': ('train.py {tiny} --wandb_log=True', 'pip install wandb'),
@@ -118,6 +120,9 @@ MISTAKES = {
     'an unknown picture format': ('sample.py --ckpt {ckpt} --out {new}/a.xyz', 'end the name in .png'),
     'a sheet into a file as a folder': ('sample.py --ckpt {ckpt} --out {file}/a.png', 'cannot write to the folder'),
     'CUDA for sampling where there is none': ('sample.py --ckpt {ckpt} --device cuda --out {new}/a.png', 'use --device=auto'),
+    # bench/
+    'quality beside no data': ('bench/quality.py --ckpt {ckpt} --data {new}', 'no data set in'),
+    'speed of no checkpoint': ('bench/sampling.py --ckpt {new}/ckpt7.pt', 'no checkpoint'),
     'a misspelt option of sample.py': ('sample.py --ckpt {ckpt} --temprature 1', 'did you mean --temperature?'),
 }
 if torch.cuda.is_available():
@@ -170,8 +175,10 @@ def places(data, trained, tmp_path_factory):
     broken_checkpoint('misfit', model_args={**good['model_args'], 'n_embd': 64})
     broken_checkpoint('oblong', height=7)
     broken_checkpoint('shapeless', model_args={'vocab_size': 4096})
-    places['weights'] = here / 'weights.pt'
-    torch.save({name: good[name] for name in ('model', 'model_args', 'height', 'width')}, places['weights'])
+    broken_checkpoint('strange', model={})
+    places['weights'] = here / 'weights'
+    places['weights'].mkdir()
+    torch.save({name: good[name] for name in ('model', 'model_args', 'height', 'width')}, places['weights'] / 'ckpt20.pt')
     places['ancestor'] = here / 'ancestor.pt'
     args = {name: value for name, value in good['model_args'].items() if name != 'start_embedding'}
     torch.save(dict(model_args={**args, 'block_size': 255}, model={

@@ -257,7 +257,7 @@ def test_the_ancestors_usage_keeps_working(tmp_path):
     model = GPT(GPTConfig(**checkpoint['model_args']))
     model.load_state_dict(checkpoint['model'])
     tokens = model.generate([[0xFEC]], max_new_tokens=4095, temperature=0.8)
-    extras.save_bmp(tokens.reshape(64, 64), str(tmp_path / 'picture.bmp'))
+    extras.save_bmp(tokens.reshape(64, 64), tmp_path / 'picture.bmp')
 
     assert tokens.shape == (1, 4096) and tokens[0, 0] == 0xFEC
     assert (tmp_path / 'picture.bmp').stat().st_size == 54 + 64 * 64 * 3

@@ -59,7 +59,7 @@ def test_the_first_pixel_is_drawn(ckpt, tmp_path):
 def test_a_picture_is_completed(ckpt, data, tmp_path):
     meta = extras.load_meta(str(data))
     original = extras.load_tokens(str(data), 'val', meta)[0].reshape(16, 16)
-    extras.save_bmp(original, str(tmp_path / 'photo.png'))
+    extras.save_bmp(original, tmp_path / 'photo.png')
     call('sample.py', '--ckpt', ckpt, '--image', tmp_path / 'photo.png', '--rows', 5, '--num_samples', 3, '--out', tmp_path / 'a.png')
     for i in range(3):
         picture = tokens(tmp_path / f'a_{i}.png')

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 import extras
 import train
 from conftest import ENV, FLAT, ROOT, TINY, call, command
+from model import GPTConfig
 
 
 def run(data, out, *args, code=0):
@@ -124,6 +126,14 @@ def test_every_config_file_of_the_repository_is_understood():
     for path in sorted((ROOT / 'config').glob('*.py')):
         config = extras.load_config(train.TrainConfig, [str(path)])
         train.check(config, 1)
+        GPTConfig(width=64, block_size=4096 - (not config.start_embedding), **{f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)})
+
+
+def test_folders_of_a_config_file_are_meant_from_the_repository_and_typed_ones_from_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = extras.load_config(train.TrainConfig, ['config/demo.py', '--out_dir=mine'])
+    assert (config.data_dir, config.out_dir) == (str(ROOT / 'data' / 'demo'), 'mine')
+    assert extras.load_config(train.TrainConfig, ['--out_dir=~/runs']).out_dir == os.path.expanduser('~/runs')  # which no shell expands
 
 
 def test_help_lists_every_key():
@@ -146,10 +156,20 @@ def test_old_checkpoints_go_but_not_the_best(data, tmp_path):
 
 def test_going_on_in_another_folder_leaves_alone_what_lies_there(data, trained, tmp_path):
     (tmp_path / 'ckpt10.pt').write_bytes(b'of another run')
+    (tmp_path / 'log.csv').write_bytes((trained / 'log.csv').read_bytes())
     out = run(data, tmp_path, f'--init_from={trained}/ckpt20.pt', '--max_iters=24', '--eval_interval=2', '--keep_checkpoints=1', '--learning_rate=1', '--min_lr=1')
     assert (tmp_path / 'ckpt10.pt').read_bytes() == b'of another run' and (trained / 'ckpt10.pt').exists()
     best = out.split('--ckpt ')[1].strip()
     assert best.startswith(str(tmp_path)) and load(best)['iter_num'] > 20  # what it says to paint with is there
+    assert all(int(row['iteration']) > 20 for row in log(tmp_path))  # the log is this run's
+
+
+def test_a_new_run_starts_with_weights_alone(data, trained, tmp_path):
+    checkpoint = load(trained / 'ckpt20.pt')
+    extras.save_checkpoint({name: checkpoint[name] for name in ('model', 'model_args', 'height', 'width')}, tmp_path / 'weights.pt')
+    out = run(data, tmp_path, f'--init_from={tmp_path}/weights.pt', '--max_iters=2', '--learning_rate=1e-6', '--min_lr=0')
+    assert 'a new run with the weights of' in out and 'iter 1 |' in out
+    assert float(log(tmp_path)[-1]['val_loss']) == pytest.approx(float(log(trained)[-1]['val_loss']), abs=1e-3)
 
 
 # -----------------------------------------------------------------------------
@@ -261,7 +281,7 @@ def test_without_start_embedding_it_trains_and_paints(data, tmp_path):
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_precisions_a_cpu_knows(data, tmp_path, dtype):
-    run(data, tmp_path, *FLAT, '--max_iters=3', f'--dtype={dtype}')
+    assert f' cpu, {dtype}\n' in run(data, tmp_path, *FLAT, '--max_iters=3', f'--dtype={dtype}')
     assert all(t.dtype == torch.float32 for t in load(tmp_path / 'ckpt3.pt')['model'].values())
 
 
