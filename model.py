@@ -444,8 +444,8 @@ def paint_ahead(model, images, seeds, draw, first, window=AHEAD):
         yield accepted
 
 
-def paint_on_cuda(model, images, seeds, draw, first, steps=32):
-    """paint_cached as a CUDA graph of so many steps, for GPUs that take longer to launch a kernel than to run it.
+def paint_on_cuda(model, images, seeds, draw, first):
+    """paint_cached as a CUDA graph of NOISE steps, for GPUs that take longer to launch a kernel than to run it.
 
     A graph repeats the very same work, so the pixel is a number in a tensor, and attention always covers whole lanes, the
     pixels to come masked. On a CPU the steps run one by one, which tests all but the capture.
@@ -463,9 +463,9 @@ def paint_on_cuda(model, images, seeds, draw, first, steps=32):
             images.index_copy_(1, pixel, draw(decoder.decode(token, pixel)[:, 0], noise)[:, None])
 
     graph = None
-    for begin in range(first + 1, images.size(1), steps):
-        fresh = gumbel_noise(seeds, begin, min(steps, images.size(1) - begin), logits.size(-1))
-        if not images.is_cuda or len(fresh) < steps:
+    for begin in range(first + 1, images.size(1), NOISE):
+        fresh = gumbel_noise(seeds, begin, min(NOISE, images.size(1) - begin), logits.size(-1))
+        if not images.is_cuda or len(fresh) < NOISE:
             paint(fresh)
         elif begin == first + 1:  # libraries set themselves up in the first steps, which are therefore not captured
             side = torch.cuda.Stream()
@@ -590,7 +590,7 @@ class Decoder:
         return self.canvas.index_select(1, rows(self.neighbours, pixel, W).view(-1)).view(B * W, -1)
 
     def moved(self, logits, i, tokens, pixel):
-        """Logits (1, V), those of the i-th pixel of the last pass, as they would be with the neighbours of other pixels -> (W, V); tokens and pixel as in decode."""
+        """Logits (1, V), of the i-th pixel that decode has just been called for, as they would be with the neighbours of other pixels -> (W, V); tokens and pixel as in decode."""
         change = self.model.relative_scores(self.scores[i:i + 1].expand(tokens.size(1), -1), self.around(tokens, pixel)) - self.levels[i]
         return logits + every_colour(change).flatten(1)
 

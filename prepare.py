@@ -21,7 +21,6 @@ import threading
 import warnings
 
 import numpy as np
-from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -121,18 +120,18 @@ class Synthetic:
         return draw_landscape(np.random.default_rng([self.seed, i]), size)
 
 
-def open_source(source, args, cache_dir):
-    """--source -> Folder, Table or Synthetic. Raises UserError."""
+def open_source(args, cache_dir):
+    """args.source -> Folder, Table or Synthetic. Raises UserError."""
+    source = args.source
     if source == 'synthetic':
         return Synthetic(args.num_images or 10_000, args.seed)
-    path = os.path.expanduser(source)
-    shards = (sorted(glob.glob(path)) or [path]) if path.endswith('.parquet') else []
-    if os.path.isdir(path):
-        folder = Folder(path)
-        shards = [os.path.join(path, p) for p in sorted(folder.ignored) if p.endswith('.parquet')]
+    shards = (sorted(glob.glob(source)) or [source]) if source.endswith('.parquet') else []
+    if os.path.isdir(source):
+        folder = Folder(source)
+        shards = [os.path.join(source, p) for p in sorted(folder.ignored) if p.endswith('.parquet')]
         if len(folder) or not shards:
             return folder
-    if not shards and (os.path.exists(path) or source.count('/') > 1 or source.startswith(('.', '~'))):
+    if not shards and (os.path.exists(source) or source.count('/') > 1 or source.startswith(('.', '~'))):
         raise UserError(f'--source {source} is no folder and no .parquet file: give one of these, a Hub id like owner/name, or synthetic')
     for s in shards:
         if not os.path.isfile(s):
@@ -204,7 +203,7 @@ def draw_landscape(rng, size):
     row = x[:1]  # (1, s): what depends on the column alone
     uniform = lambda low, high: low + (high - low) * rng.random()
     choose = lambda options: options[int(rng.random() * len(options))]
-    colour = lambda c, spread=14.0: np.array(c, np.float64) + spread * (2.0 * rng.random(3) - 1.0)
+    colour = lambda c: np.array(c, np.float64) + 14.0 * (2.0 * rng.random(3) - 1.0)
 
     hour = int(rng.random() * len(HOURS))
     zenith, haze = colour(HOURS[hour][0]), colour(HOURS[hour][1])
@@ -336,7 +335,7 @@ def split_order(keys, val_fraction):
     return order[cut:], order[:cut]
 
 
-def write_dataset(source, description, args, staging):
+def write_dataset(source, args, staging):
     """Read every picture of source with all workers; write train.bin, val.bin, meta.pkl, preview.png into staging.
 
     Memory stays constant: rows go to a scratch file as they come, in the order of the source, and are copied from there
@@ -359,10 +358,10 @@ def write_dataset(source, description, args, staging):
                         keys += hashlib.blake2b(tokens, digest_size=8, salt=args.seed.to_bytes(8, 'little')).digest()
                 bar.update(len(batch))
         if not keys:
-            raise UserError(f'no usable image in {description}' + (f': {len(skipped)} could not be read, e.g. {skipped[0]}' if skipped else
+            raise UserError(f'no usable image in {args.source}' + (f': {len(skipped)} could not be read, e.g. {skipped[0]}' if skipped else
                             f': it holds no {", ".join(ENDINGS)}'))
         meta = dict(vocab_size=extras.VOCAB_SIZE, height=args.size, width=args.size, tokens_per_image=args.size * args.size,
-                    bits_per_channel=4, order='raster', source=description)
+                    bits_per_channel=4, order='raster', source=args.source)
         low, high = extras.VOCAB_SIZE, 0
         for split, order in zip(('train', 'val'), split_order(np.frombuffer(keys, '<u8'), args.val_fraction)):
             meta[f'{split}_images'] = len(order)
@@ -410,9 +409,9 @@ def main(argv=None):
     shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
     os.mkdir(staging)
     try:
-        source = open_source(args.source, args, staging)
+        source = open_source(args, staging)
         try:
-            meta, skipped, (low, high) = write_dataset(source, args.source, args, staging)
+            meta, skipped, (low, high) = write_dataset(source, args, staging)
         except RuntimeError as e:  # of the DataLoader: the system has killed a worker
             raise UserError(f'{extras.brief(e)}: if memory ran out, try --workers 1') from None
         publish(staging, args.out_dir)

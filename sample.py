@@ -5,6 +5,7 @@
     python sample.py --ckpt out/ckpt6000.pt --image photo.png --rows 32    # finish a picture from its upper half
     python sample.py --ckpt out/ckpt6000.pt --num_samples 4 --gif --scale 4   # and watch it being painted
 """
+import itertools
 import os
 
 import numpy as np
@@ -19,12 +20,10 @@ from model import images_at_once
 GREY = 0x666  # of what is not painted yet
 
 
-def read_picture(path, height, width):
-    """The picture at path -> its tokens (height * width,). Raises UserError."""
-    if height != width:
-        raise UserError(f'--image needs a model of square pictures, not of {height}x{width}')
+def read_picture(path, size):
+    """The picture at path -> its tokens (size * size,). Raises UserError."""
     try:
-        return extras.pack_rgb(extras.load_rgb(path, height)).reshape(-1).astype(np.int64)
+        return extras.pack_rgb(extras.load_rgb(path, size)).reshape(-1).astype(np.int64)
     except FileNotFoundError:
         raise UserError(f'no picture {path}') from None
     except Exception as e:  # a damaged file can raise nearly anything
@@ -46,9 +45,9 @@ def paint(model, prompt, args):
     """Paint args.num_samples images from one prompt (T,), one after the other: tokens (tokens_per_image,)."""
     generator, batch = torch.Generator().manual_seed(args.seed), images_at_once(model)
     with tqdm(total=args.num_samples * (model.config.tokens_per_image - len(prompt)), unit='px', unit_scale=True, desc='painting') as bar:
-        for first in (0, *range(1, args.num_samples, batch)):  # one picture is there in seconds, the others are faster side by side
-            count = min(batch, args.num_samples - first) if first else 1
-            yield from model.generate(np.tile(prompt, (count, 1)), temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+        alone = 0 if model.lm_head.weight.is_cuda else 1  # on a CPU one picture is there in seconds, the others are faster side by side
+        for begin, end in itertools.pairwise(sorted({0, *range(alone, args.num_samples, batch), args.num_samples})):
+            yield from model.generate(np.tile(prompt, (end - begin, 1)), temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
                                       generator=generator, progress=bar.update).cpu().numpy()
 
 
@@ -102,7 +101,7 @@ def main(argv=None):
     if args.image:
         rows = height // 2 if args.rows is None else args.rows
         extras.check_values(args, rows=(f'from 1 to {height - 1}: how many of the {height} rows to keep', 0 < rows < height))
-        original = read_picture(args.image, height, width)
+        original = read_picture(args.image, height)
         prompt = original[:rows * width]
         whole = original, len(prompt)
     else:
