@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# pinned to what this was tested with: an open range may download several GB of CUDA packages
+# pinned to what this was tested with; on Linux, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares several GB of CUDA packages
 TORCH ?= torch==2.13.0
 NUMPY ?= 'numpy>=1.26'
 BIN = $(VENV)/bin
