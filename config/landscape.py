@@ -1,5 +1,5 @@
 # The recommended recipe: the same transformer, which now sees in two dimensions; 48,000 images in 6,000 steps. Two hours on
-# two CPU cores with AMX (bfloat16), nine to twelve without; --batch_size=2 stops at 12,000 images, after a quarter of that time.
+# two CPU cores with AMX (bfloat16), six to twelve without; --batch_size=2 stops at 12,000 images, after a quarter of that time.
 data_dir = 'data/landscape'  # python prepare.py
 
 n_layer = 4
