@@ -168,7 +168,8 @@ def test_an_interrupted_run_leaves_the_old_data(pictures, tmp_path, how):
     call('prepare.py', '--source', pictures, '--size', 16, '--out_dir', tmp_path)
     before = digests(tmp_path)
     process = subprocess.Popen(command('prepare.py', '--source', 'synthetic', '--num_images', 5000, '--size', 64, '--out_dir', tmp_path, '--workers', 1),
-                               env=ENV, stderr=subprocess.PIPE, text=True)
+                               env=ENV, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # `make test &` ignores it, and so would a child
     scratch = tmp_path / '.partial' / 'rows'
     while not (scratch.exists() and scratch.stat().st_size):
         assert process.poll() is None
