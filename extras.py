@@ -137,7 +137,8 @@ def to_image(tokens, scale=1):
 
 def sheet(images, columns=None):
     """PIL images of one size -> one picture with all of them in rows, as near to a square as they allow."""
-    columns, gap = columns or int(np.ceil(np.sqrt(len(images)))), 2
+    columns = columns or int(np.ceil(np.sqrt(len(images))))
+    gap = 2
     w, h = images[0].width + gap, images[0].height + gap
     page = Image.new('RGB', (columns * w + gap, -(-len(images) // columns) * h + gap), 'white')
     for i, image in enumerate(images):

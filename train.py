@@ -251,7 +251,7 @@ def main(argv=None):
         whole = 'run' in checkpoint  # not weights alone
         if not whole and config.init_from == 'resume':
             raise UserError(f'{path} holds weights alone, so there is nothing to resume: --init_from={path} starts a new run with them')
-        theirs = {**checkpoint['model_args'], **({'batch_size': checkpoint['config']['batch_size']} if whole else {})}
+        theirs = {**(checkpoint['config'] if whole else {}), **checkpoint['model_args']}
         for name, value in {**model_args, 'batch_size': config.batch_size}.items():
             value_there = theirs.get(name, getattr(GPTConfig, name, value))
             if value_there != value and name != 'dropout':
