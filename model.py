@@ -47,6 +47,7 @@ class GPTConfig:
     factorised_colours: bool = False  # a colour's vector is its own plus one for each of its red, green and blue levels
     relative_colours: bool = False  # logits also depend on how much each channel differs from the pixels to the left and above
     attention: str = 'full'  # of the layers, in turn: full, local (its row and the one above) or column, as in 'local column'
+    reach: int = 0  # local attention sees the row above up to so many columns to the right, and rows begin with the start embedding; 0: all of it
     alibi: bool = False  # local and column attention fade with distance, at another rate for each head
 
     @property
@@ -68,6 +69,10 @@ class GPTConfig:
             raise ValueError(f'neighbours={self.neighbours}: give a number from 0 to {len(NEIGHBOURS)}')
         if self.multiple > 1 and not self.start_embedding:
             raise ValueError('row_column_positions, neighbours, relative_colours and attention other than full need start_embedding=True')
+        if self.reach < 0 or self.reach and 'full' in kinds:
+            raise ValueError(f'reach={self.reach}: give 0, or how many columns to the right local attention sees; full attention sees everything')
+        if self.reach and (wide := next((i for i, (row, column) in enumerate(NEIGHBOURS[:self.neighbours]) if column > -row * self.reach), None)) is not None:
+            raise ValueError(f'neighbours={self.neighbours}: of these, only {wide} lie within reach={self.reach}; raise it or take fewer')
         if self.block_size % self.multiple:
             raise ValueError(f'{self.block_size} pixels have to be whole rows of {self.width}')
 
@@ -98,8 +103,9 @@ class CausalSelfAttention(nn.Module):
             length = self.width if kind == 'local' else config.block_size // self.width
             away = torch.arange(length)[:, None] - torch.arange(length)  # (length, length), below 0 what comes later
             distance, seen = away.abs(), away >= 0
-            if kind == 'local':  # all of the row above comes before the row itself
-                distance, seen = torch.cat((distance + 1, distance), dim=1), torch.cat((torch.ones_like(seen), seen), dim=1)
+            if kind == 'local':  # the row above comes before the row itself
+                above = away >= -config.reach if config.reach else torch.ones_like(seen)
+                distance, seen = torch.cat((distance + 1, distance), dim=1), torch.cat((above, seen), dim=1)
             slopes = 8 * 0.5 ** (8 / config.n_head * torch.arange(1, config.n_head + 1)) if config.alibi else torch.zeros(1)
             self.register_buffer('mask', torch.where(seen, -slopes[None, :, None, None] * distance, -math.inf), persistent=False)
 
@@ -317,9 +323,12 @@ class GPT(nn.Module):
         c, h, T = self.config, self.transformer, tokens.size(1)
         tokens = F.pad(tokens, (0, -T % c.multiple))  # what is added comes after everything else
         colours = self.colours()
-        x = F.embedding(tokens[:, :-1], colours)
-        if c.start_embedding:
-            x = torch.cat((h.wse.weight.expand(len(x), 1, -1), x), dim=1)
+        x = F.embedding(tokens, colours)
+        if c.start_embedding:  # before the image; with reach before each row
+            x = x.unflatten(1, (-1, c.width)) if c.reach else x[:, None]
+            x = torch.cat((h.wse.weight.expand(*x.shape[:2], 1, -1), x[:, :, :-1]), dim=2).flatten(1, 2)
+        else:
+            x = x[:, :-1]
         x = x + self.positions()[:x.size(1)]
         if c.neighbours or c.relative_colours:
             around = self.around(tokens)
@@ -554,7 +563,11 @@ class Decoder:
         (B, W), c, graph = tokens.shape, self.model.config, isinstance(pixel, torch.Tensor)
         position = pixel - int(not c.start_embedding)
         places = {kind: self.place(kind, position, W) for kind in self.lanes}
-        x = torch.embedding(self.colours, tokens) + rows(self.positions, position, W)
+        x = torch.embedding(self.colours, tokens)
+        if c.reach:  # a row begins with the start embedding
+            begins = (self.span[:W] + pixel) % self.width == 0
+            x = torch.where(begins[:, None], self.model.transformer.wse.weight, x)
+        x = x + rows(self.positions, position, W)
         x = x.view(B * W, -1)  # (B * W, C)
         if c.neighbours or c.relative_colours:
             around = self.around(tokens, pixel)

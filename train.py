@@ -46,6 +46,7 @@ class TrainConfig:
     factorised_colours: bool = key(False, "a colour's vector, in embedding and head, is its own plus one for each of its red, green and blue levels")
     relative_colours: bool = key(False, 'let the head also score how much each channel differs from the pixels to the left and above')
     attention: str = key('full', "what the layers attend to, in turn: all pixels so far (full), those of the same row and the one above (local) or of the same column (column), as in 'local column'")
+    reach: int = key(0, 'local attention sees the row above up to so many columns to the right, and rows begin with the start embedding (0: all of the row)')
     alibi: bool = key(False, 'let local and column attention fade with distance, at another rate for each head')
     # the optimiser
     batch_size: int = key(40, 'images an iteration, over all processes and accumulation steps')

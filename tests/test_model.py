@@ -18,7 +18,7 @@ TOKENS = SIDE * SIDE
 
 FLAT = dict(row_column_positions=True, neighbours=12, factorised_colours=True, relative_colours=True)
 KINDS = {'plain': {}, 'ancestor': dict(start_embedding=False), 'full': FLAT, 'local': {**FLAT, 'attention': 'local'}, 'column': {**FLAT, 'attention': 'column', 'neighbours': 24},
-         'local column': {**FLAT, 'attention': 'local column full', 'alibi': True}, 'relative': dict(relative_colours=True), 'biased': dict(bias=True, attention='column', factorised_colours=True)}
+         'local column': {**FLAT, 'attention': 'local column full', 'alibi': True}, 'reach': {**FLAT, 'attention': 'local column', 'alibi': True, 'reach': 2}, 'relative': dict(relative_colours=True), 'biased': dict(bias=True, attention='column', factorised_colours=True)}
 kinds = pytest.mark.parametrize('kind', KINDS)
 
 
@@ -101,8 +101,26 @@ def test_no_pixel_sees_itself_or_the_future(kind):
         changed[0, pixel] = (changed[0, pixel] + 1234) % 4096
         difference = (model.logits(changed) - before).abs().amax((0, 2))
         assert (difference[:max(pixel + 1 - first, 0)] == 0).all()  # pixels up to this one: to the last bit
-        sees_all = 'full' in model.config.attention  # then every later one does see it, and else the next one
-        assert (difference[pixel + 1 - first:] > 0).all() if sees_all else difference[pixel + 1 - first] > 0
+        sees_all = 'full' in model.config.attention  # then every later one does see it, and else the next one of its row
+        if sees_all or (pixel + 1) % SIDE:
+            assert (difference[pixel + 1 - first:] > 0).all() if sees_all else difference[pixel + 1 - first] > 0
+
+
+@pytest.mark.parametrize('reach, neighbours', [(1, 4), (2, 12), (3, 24)])
+def test_with_reach_a_pixel_sees_the_cone_above_it_and_nothing_else(reach, neighbours):
+    # six layers: local ones walk through the whole cone, a row each
+    model = small(**FLAT | dict(neighbours=neighbours), attention='local column', reach=reach, n_layer=8, std=0.2).double()
+    tokens = images(1)
+    before = model.logits(tokens)
+    y, x = torch.arange(TOKENS) // SIDE, torch.arange(TOKENS) % SIDE
+    for pixel in (0, 3, SIDE - 1, SIDE + 5, 4 * SIDE + 9):
+        changed = tokens.clone()
+        changed[0, pixel] = (changed[0, pixel] + 1234) % 4096
+        difference = (model.logits(changed) - before).abs().amax((0, 2))
+        below, right = y - y[pixel], x - x[pixel]
+        cone = (below == 0) & (right > 0) | (below > 0) & (right >= -reach * below)  # pixels that come after it on a wave along the diagonal
+        near = cone & (below <= 3)
+        assert (difference[~cone] == 0).all() and (difference[near] > 0).all()
 
 
 @kinds
@@ -393,7 +411,8 @@ def test_part_of_an_image_and_what_does_not_fit():
     with pytest.raises(ValueError, match='make it a multiple'):
         GPT(GPTConfig(n_embd=30, n_head=4))
     for args, message in ((dict(attention='locl'), 'name the layers'), (dict(neighbours=25), 'from 0 to 24'), (dict(neighbours=3, start_embedding=False), 'need start_embedding'),
-                          (dict(attention='local', block_size=100), 'whole rows'), (dict(row_column_positions=True, block_size=100), 'whole rows')):
+                          (dict(attention='local', reach=-1), 'give 0, or how many'), (dict(attention='local full', reach=2), 'full attention sees everything'),
+                          (dict(attention='local', neighbours=12, reach=1), 'only 7 lie within reach=1'), (dict(attention='local', block_size=100), 'whole rows'), (dict(row_column_positions=True, block_size=100), 'whole rows')):
         with pytest.raises(ValueError, match=message):
             GPT(GPTConfig(**args))
 
