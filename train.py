@@ -7,6 +7,7 @@
     torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=10.0.0.1 --master_port=29500 train.py config/landscape.py
 """
 import contextlib
+import copy
 import csv
 import datetime
 import functools
@@ -60,6 +61,7 @@ class TrainConfig:
     beta1: float = key(0.9, 'AdamW: memory of the gradient')
     beta2: float = key(0.95, 'AdamW: memory of its square')
     grad_clip: float = key(1.0, 'clip the norm of the gradient to this (0: never)')
+    average: float = key(0.0, 'evaluate, paint and save averaged weights; as a share of the iterations so far, how old they are on average (0: the newest weights)')
     flip: bool = key(True, 'mirror half of the images, picked anew each epoch')
     # looking at it
     eval_interval: int = key(0, 'evaluate every so many iterations (0: at eval_at only); the last one is always evaluated')
@@ -111,6 +113,16 @@ def get_lr(iteration, config):
         return config.learning_rate * (iteration + 1) / (config.warmup_iters + 1)
     ratio = (iteration - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
     return config.min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (config.learning_rate - config.min_lr)
+
+
+@torch.no_grad()
+def update_average(averaged_model, model, iteration, share):
+    """Take the weights of model after an iteration (from 1 on) into the average, whose mean age is that share of the iterations.
+
+    The power-law average of Karras et al. 2023 (arXiv 2312.02696): the window grows with the run, so that an early checkpoint gets a short one.
+    """
+    beta = (1 - 1 / iteration) ** (1 / share - 1)
+    torch._foreach_lerp_(list(averaged_model.parameters()), list(model.parameters()), 1 - beta)
 
 # -----------------------------------------------------------------------------
 # evaluation
@@ -184,7 +196,7 @@ def check(config, world_size):
     positive = ('n_layer', 'n_head', 'n_embd', 'batch_size', 'gradient_accumulation_steps', 'max_iters', 'learning_rate',
                 'log_interval', 'eval_batch_size', 'num_samples', 'keep_checkpoints')
     not_negative = ('muon_lr', 'min_lr', 'warmup_iters', 'weight_decay', 'grad_clip', 'eval_interval')
-    below_one = ('dropout', 'beta1', 'beta2')
+    below_one = ('dropout', 'beta1', 'beta2', 'average')
     pieces = world_size * config.gradient_accumulation_steps
     extras.check_values(
         config, **{name: ('more than 0', getattr(config, name) > 0) for name in positive},
@@ -243,6 +255,7 @@ def main(argv=None):
     except ValueError as e:
         raise UserError(str(e)) from None
     raw_model.to(device)  # kept by this name: torch.compile and DDP change those of the weights
+    averaged_model = copy.deepcopy(raw_model) if config.average else raw_model  # what is evaluated, painted with and saved
     optimizers = raw_model.configure_optimizers(config.weight_decay, config.learning_rate, (config.beta1, config.beta2), config.muon_lr)
     peaks = [optimizer.param_groups[0]['lr'] for optimizer in optimizers]
     iteration, seconds, best_val_loss, best_iter, saved, own = 0, 0.0, math.inf, None, [], False
@@ -258,7 +271,8 @@ def main(argv=None):
             if value_there != value and name != 'dropout':
                 raise UserError(f"{path} has {name}={value_there}, this run {name}={value}: resume with the config (and data) it was made with")
         with extras.fitting(path):
-            raw_model.load_state_dict(checkpoint['model'])
+            averaged_model.load_state_dict(checkpoint['model'])
+            raw_model.load_state_dict(checkpoint.get('training_model') or checkpoint['model'])
         if whole:
             states = [checkpoint[name] for name in ('optimizer', 'muon') if checkpoint.get(name)]
             if len(states) != len(optimizers):
@@ -347,7 +361,7 @@ def main(argv=None):
 
         # evaluation: the loss over all validation images, a sheet of samples, a checkpoint
         if iteration > first and eval_step:
-            val_loss = evaluate(raw_model, val_data, config, device, autocast, rank, world_size)
+            val_loss = evaluate(averaged_model, val_data, config, device, autocast, rank, world_size)
             stop_if_not_finite(val_loss)
             if val_loss < best_val_loss:
                 best_val_loss, best_iter = val_loss, iteration
@@ -356,7 +370,7 @@ def main(argv=None):
                 log('val_loss', val_loss)
                 path = os.path.join(config.out_dir, f'ckpt{iteration}.pt')
                 extras.save_checkpoint(dict(
-                    model=raw_model.state_dict(), optimizer=optimizers[0].state_dict(),
+                    model=averaged_model.state_dict(), training_model=raw_model.state_dict() if config.average else None, optimizer=optimizers[0].state_dict(),
                     muon=optimizers[1].state_dict() if config.muon_lr else None, scaler=scaler.state_dict(), model_args=model_args,
                     iter_num=iteration, best_val_loss=best_val_loss, config=asdict(config), height=meta['height'], width=meta['width'],
                     run=dict(seconds=seconds, best_iter=best_iter, saved=saved)), path)
@@ -367,7 +381,7 @@ def main(argv=None):
                         os.remove(os.path.join(config.out_dir, f'ckpt{old}.pt'))
                 plot_log(log_path, os.path.join(config.out_dir, 'loss.png'))
                 picture = os.path.join(config.out_dir, 'images', f'output{iteration}.png')
-                paint_samples(raw_model, val_data, config, meta, picture)
+                paint_samples(averaged_model, val_data, config, meta, picture)
                 say(f"iter {iteration} | validation loss {val_loss:.4f} | {val_loss / math.log(2):.3f} bits/pixel"
                     f"{' | the best so far' if best_iter == iteration else ''} | {path} | {picture}")
             window = time.time()
@@ -398,6 +412,8 @@ def main(argv=None):
         scaler.update()
         loss_count += 1
         iteration += 1
+        if config.average:
+            update_average(averaged_model, raw_model, iteration, config.average)
 
     say(f'done: best validation {best_val_loss / math.log(2):.3f} bits/pixel at iteration {best_iter}. Paint with  python sample.py --ckpt {config.out_dir}/ckpt{best_iter}.pt')
     if world_size > 1:

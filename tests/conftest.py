@@ -63,5 +63,5 @@ def data(tmp_path_factory):
 def trained(data, tmp_path_factory):
     """A run of 20 iterations, with checkpoints at 10 and 20."""
     folder = tmp_path_factory.mktemp('runs') / 'trained'
-    call('train.py', *TINY, f'--data_dir={data}', f'--out_dir={folder}', '--max_iters=20', '--eval_interval=10')
+    call('train.py', *TINY, f'--data_dir={data}', f'--out_dir={folder}', '--max_iters=20', '--eval_interval=10', '--average=0.2')
     return folder

@@ -77,6 +77,16 @@ def test_learning_rate():
     assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
 
 
+
+@pytest.mark.parametrize('share', [0.05, 0.2])
+def test_averaged_weights_are_as_old_as_the_share_says_however_long_the_run(share):
+    model, averaged = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    for iteration in range(1, 2001):
+        torch.nn.init.constant_(model.weight, iteration)
+        train.update_average(averaged, model, iteration, share)
+        if iteration in (1, 200, 2000):
+            assert iteration - averaged.weight.item() == pytest.approx(share * iteration, abs=0.6)
+
 # -----------------------------------------------------------------------------
 # what a run leaves
 
@@ -92,9 +102,10 @@ def test_what_a_run_leaves(trained, data):
         assert float(r['bits_per_pixel']) == pytest.approx(float(r['val_loss'] or r['train_loss']) / math.log(2), abs=1e-4)
     assert [float(r['seconds']) for r in rows] == sorted(float(r['seconds']) for r in rows)
     checkpoint = load(trained / 'ckpt20.pt')
-    assert checkpoint.keys() == {'model', 'optimizer', 'scaler', 'model_args', 'iter_num', 'best_val_loss', 'config', 'height', 'width', 'run', 'muon'}
+    assert checkpoint.keys() == {'model', 'training_model', 'optimizer', 'scaler', 'model_args', 'iter_num', 'best_val_loss', 'config', 'height', 'width', 'run', 'muon'}
     assert checkpoint['iter_num'] == 20 and checkpoint['height'] == checkpoint['width'] == 16
     assert not any('_orig_mod' in name or name.startswith('module.') for name in checkpoint['model'])
+    assert checkpoint['model'].keys() == checkpoint['training_model'].keys() and not same(checkpoint['model'], checkpoint['training_model'])
 
 
 def test_validation_counts_every_pixel_of_every_image(trained, data):
@@ -184,7 +195,7 @@ def kill_when(process, condition):
     process.wait()
 
 
-@pytest.mark.parametrize('model', [[], FLAT], ids=['plain', 'flat'])
+@pytest.mark.parametrize('model', [[], [*FLAT, '--average=0.2']], ids=['plain', 'flat'])
 def test_resuming_after_kill_9_is_exact(data, tmp_path, model):
     # with dropout, so that the random numbers count as well
     args = [*TINY, *model, f'--data_dir={data}', '--dropout=0.1', '--max_iters=20', '--eval_interval=10']
@@ -195,7 +206,7 @@ def test_resuming_after_kill_9_is_exact(data, tmp_path, model):
     out = call('train.py', *args, f'--out_dir={tmp_path}/killed', '--init_from=resume')
     assert 'ckpt10.pt, iteration 10' in out
     whole, killed = load(tmp_path / 'whole' / 'ckpt20.pt'), load(tmp_path / 'killed' / 'ckpt20.pt')
-    for part in ('model', 'optimizer', 'muon', 'scaler', 'best_val_loss', 'iter_num'):
+    for part in ('model', 'training_model', 'optimizer', 'muon', 'scaler', 'best_val_loss', 'iter_num'):
         assert same(whole[part], killed[part]), part
     strip = lambda out: [{k: v for k, v in row.items() if k != 'seconds'} for row in log(out)]
     assert strip(tmp_path / 'whole') == strip(tmp_path / 'killed')
