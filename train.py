@@ -57,7 +57,7 @@ class TrainConfig:
     min_lr: float = key(6e-5, 'end of the schedule, at max_iters')
     muon_lr: float = key(0.0, 'peak for the matrices of blocks and stem, which Muon then updates, on the same schedule (0: AdamW for all)')
     warmup_iters: int = key(200, 'iterations of the warm-up')
-    weight_decay: float = key(0.1, "AdamW's, of embeddings and of the matrices that are not Muon's")
+    weight_decay: float = key(0.1, 'of embeddings and matrices, by AdamW and Muon')
     beta1: float = key(0.9, 'AdamW: memory of the gradient')
     beta2: float = key(0.95, 'AdamW: memory of its square')
     grad_clip: float = key(1.0, 'clip the norm of the gradient to this (0: never)')
