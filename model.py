@@ -13,13 +13,17 @@ What lets it see in two dimensions are switches of GPTConfig, all off by default
 Shapes: B images, T pixels, P positions, C = n_embd, nh = n_head, hs = C / nh, V = vocab_size, K = neighbours.
 """
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+# cuDNN's attention, PyTorch's first choice on Hopper, gives NaN gradients with some masks (pytorch issue 196678) and plans for
+# half a second at every new shape; the flash and memory-efficient kernels do neither
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 LEVELS = 16  # of a channel: a colour is red * 256 + green * 16 + blue
 # known pixels around the one to be predicted as (row, column) from it, the nearest first
@@ -78,8 +82,8 @@ class GPTConfig:
 
 
 def recomputed(function, x):
-    """function(x), computed again in the backward pass instead of keeping its intermediate results."""
-    return checkpoint(function, x, use_reentrant=False) if torch.is_grad_enabled() else function(x)
+    """function(x), on a CPU computed again in the backward pass instead of keeping its intermediate results."""
+    return checkpoint(function, x, use_reentrant=False) if torch.is_grad_enabled() and not x.is_cuda else function(x)
 
 
 class CausalSelfAttention(nn.Module):
@@ -118,7 +122,8 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).reshape(-1, length, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B * lanes, nh, length, hs)
         if kv is not None:
             kv.append(qkv)
-        with torch.autocast('cpu', enabled=False):  # where its gradient is five times slower in bfloat16
+        # on a CPU in float32, where the gradient is five times slower in bfloat16
+        with nullcontext() if x.is_cuda else torch.autocast('cpu', enabled=False):
             q, k, v = qkv if x.is_cuda else qkv.to(x.dtype)
             if self.kind == 'local':  # zeros above the first row
                 k, v = (torch.cat((F.pad(t.unflatten(0, (B, -1)), (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1].flatten(0, 1), t), dim=2) for t in (k, v))
@@ -175,7 +180,7 @@ class Stem(nn.Module):
     def forward(self, around, colours):
         """Neighbours (B, P, K) and the vectors of the colours -> (B, P, C)."""
         B, P, K = around.shape
-        if B * P > 2 * len(colours):  # there are fewer colours than pixels
+        if B * P > 2 * len(colours) and not around.is_cuda:  # there are fewer colours than pixels; a GPU is faster at the product
             rows = around * K + torch.arange(K, device=around.device)
             h = F.embedding_bag(rows.flatten(0, 1), self.table(colours).float(), mode='sum').to(colours.dtype).view(B, P, -1) + self.c_fc.bias
         else:
@@ -186,13 +191,13 @@ class Stem(nn.Module):
 class HeadLoss(torch.autograd.Function):
     """Mean cross-entropy of x @ weight.T, x (n, C) and weight (V, C), against targets (n,), without ever holding (n, V) logits.
 
-    Chunks of rows go through the head, the softmax and the gradients of both while they are in the cache (on a GPU, in chunks
-    of 2 GB): three products as in the usual way, a fraction of the memory.
+    Chunks of rows go through the head, the softmax and the gradients of both while they are in the cache of a CPU: three products
+    as in the usual way, a fraction of the memory.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets):
-        rows = 2 ** 17 if x.is_cuda else 512
+        rows = 512
         loss = x.new_zeros((), dtype=torch.float32)
         dx, dweight = torch.zeros_like(x), torch.zeros_like(weight)
         for x_, dx_, targets_ in zip(x.split(rows), dx.split(rows), targets[:, None].split(rows)):
@@ -361,7 +366,10 @@ class GPT(nn.Module):
     def forward(self, tokens):
         """Images, or their first T pixels, (B, T) -> mean cross-entropy of the last P pixels in nats."""
         x, weight = self.features(tokens)
-        return HeadLoss.apply(x.flatten(0, 1), weight, tokens[:, -x.size(1):].flatten())
+        x, targets = x.flatten(0, 1), tokens[:, -x.size(1):].flatten()
+        if x.is_cuda:  # has memory to spare, and torch.compile makes one kernel of softmax and gradient
+            return F.cross_entropy(x @ weight.t(), targets)
+        return HeadLoss.apply(x, weight, targets)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, muon_lr=0.0):
         """-> [AdamW] as in nanoGPT: matrices and embeddings decay, gains and biases do not; fused on CUDA.
@@ -656,15 +664,17 @@ def images_at_once(model):
     if weight.device.type != 'cuda':
         return 8 if 'full' in config.attention else 32
     image = 2 * config.n_layer * config.block_size * config.n_embd * weight.itemsize  # at most: local attention keeps two rows
-    return max(1, torch.cuda.mem_get_info(weight.device)[0] // 2 // image)
+    # attention takes up to 65,535 sequences, and prompts are made of rows and columns
+    return max(1, min(torch.cuda.mem_get_info(weight.device)[0] // 2 // image, 65_535 // config.width))
 
 
 @contextmanager
 def painting(model, batch):
-    """No gradients, no dropout, no autocast. On a CPU few threads, for one pixel is little work to share: two for one image, else at
+    """No gradients, no dropout, no autocast, no TF32: the same picture on every device, up to rounding. On a CPU few threads, for one pixel is little work to share: two for one image, else at
     most one an image; and no oneDNN, which takes five times as long for so few numbers."""
-    training, threads, mkldnn = model.training, torch.get_num_threads(), torch.backends.mkldnn.enabled
+    training, threads, mkldnn, precision = model.training, torch.get_num_threads(), torch.backends.mkldnn.enabled, torch.get_float32_matmul_precision()
     model.eval()
+    torch.set_float32_matmul_precision('highest')
     torch.set_num_threads(min(threads, max(batch, 2)))
     torch.backends.mkldnn.enabled = False
     try:
@@ -674,6 +684,7 @@ def painting(model, batch):
         model.train(training)
         torch.set_num_threads(threads)
         torch.backends.mkldnn.enabled = mkldnn
+        torch.set_float32_matmul_precision(precision)
 
 
 def restrict(logits, temperature=1.0, top_k=None, top_p=None):

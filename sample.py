@@ -106,8 +106,6 @@ def main(argv=None):
         whole = original, len(prompt)
     else:
         prompt, whole = first_pixel(args.first_pixel, model), None
-    if device.startswith('cuda'):
-        model.to(extras.pick_dtype('auto', device))  # bfloat16 on a GPU that has it, cache and all
 
     images = []
     for i, tokens in enumerate(paint(model, prompt, args)):

@@ -24,6 +24,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import extras  # noqa: E402
+import model as model_module  # noqa: E402
 from model import AHEAD, Decoder, choose, images_at_once, paint_ahead, painting, restrict  # noqa: E402
 
 
@@ -130,15 +131,16 @@ def windows(model):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--ckpt', default=str(ROOT / 'out' / 'ckpt6000.pt'))
-    parser.add_argument('--batch', type=int, nargs='*', help='batch sizes (1 8 32, on a GPU 1 8 32 256 1024)')
+    parser.add_argument('--batch', type=int, nargs='*', help='batch sizes (1 8 32, on a GPU 1 32 256 1024)')
     parser.add_argument('--device', default='auto')
+    parser.add_argument('--eager', action='store_true', help='on a GPU: step by step, without graphs')
     parser.add_argument('--profile', action='store_true', help='take one pass apart instead')
     parser.add_argument('--windows', action='store_true', help='on a CPU: one image with so many pixels a pass, instead')
     args = parser.parse_args()
     device = extras.pick_device(args.device)
     model = extras.build_model(extras.load_checkpoint(args.ckpt, device), args.ckpt, device)
-    if device != 'cpu':
-        model.to(extras.pick_dtype('auto', device))
+    if args.eager:
+        model_module.paint_on_cuda = model_module.paint_cached
     if args.profile or args.windows:
         return profile(model, device) if args.profile else windows(model)
     start_up = first_picture(args.ckpt) if device == 'cpu' else None
@@ -147,12 +149,13 @@ def main():
     print('| batch | s an image | pixels/s | plain loop, s an image | times faster | pixels a pass | us a pixel, at the start | at the end | limit, s an image | share of it | GB/s |')
     print('|---|---|---|---|---|---|---|---|---|---|---|')
     model.generate(torch.full((1, 1), 0xFEC), 40)  # libraries set themselves up
-    for batch in tqdm(args.batch or ([1, 8, 32] if device == 'cpu' else [1, 8, 32, 256, 1024]), leave=False):
+    for batch in tqdm(args.batch or ([1, 8, 32] if device == 'cpu' else [1, 32, 256, 1024]), leave=False):
         seconds, ahead, start, end = np.mean([cached(model, batch, device, seed) for seed in range(4 if batch == 1 else 1)], axis=0)
-        plain = plain_loop(model, batch, device)
+        together = min(batch, images_at_once(model))
+        plain = plain_loop(model, together, device) * batch / together
         least, bandwidth = limit(model, batch, device)
-        least *= batch / min(batch, images_at_once(model)) / ahead
-        ends = f'{start / batch * 1e6:.0f} | {end / batch * 1e6:.0f}' if batch <= images_at_once(model) else '- | -'
+        least *= batch / together / ahead
+        ends = f'{start / batch * 1e6:.0f} | {end / batch * 1e6:.0f}' if batch == together else '- | -'
         tqdm.write(f'| {batch} | {seconds / batch:.3g} | {batch * model.config.tokens_per_image / seconds:,.0f} | {plain / batch:.3g} | {plain / seconds:.0f} | {ahead:.2f} | {ends} | '
                    f'{least / batch:.2g} | {least / seconds:.0%} | {bandwidth / 1e9:.0f} |', file=sys.stdout)
         if batch == 1 and start_up:

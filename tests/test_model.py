@@ -362,7 +362,37 @@ def test_the_steps_of_a_graph_paint_the_same(kind):
         assert painted[0].equal(painted[1]) and len(painted[0].unique()) > 5
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')
+
+
+@needs_a_gpu
+@pytest.mark.parametrize('compiled', [False, True], ids=['eager', 'compiled'])
+@pytest.mark.parametrize('kind', ['ancestor', 'full', 'reach'])
+def test_gradients_on_a_gpu_are_those_of_a_cpu(kind, compiled):
+    model, tokens, gradients = small(kind, tokens=1024, std=0.1).train(), images(4, 32), []
+    for device in ('cpu', 'cuda'):
+        model.to(device).zero_grad()
+        (torch.compile(model, dynamic=False) if compiled and device == 'cuda' else model)(tokens.to(device)).backward()
+        gradients.append({name: p.grad.cpu().clone() for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert (gradient - gradients[1][name]).norm() < 1e-3 * gradient.norm() + 1e-6, name
+
+
+@needs_a_gpu
+def test_a_gpu_draws_at_every_pixel_what_a_cpu_would_draw():
+    # colours within rounding of each other may change places, and then the images part: so every pixel is looked at beside those before it
+    checkpoint = extras.load_checkpoint(str(ROOT / 'out' / 'ckpt6000.pt'))
+    model = extras.build_model(checkpoint, '', 'cuda')
+    painted = model.generate(torch.zeros(4, 0), generator=torch.Generator().manual_seed(3)).cpu()
+    seeds, model = torch.randint(2 ** 62, (4,), generator=torch.Generator().manual_seed(3)), model.cpu()
+    with torch.no_grad():
+        for pixel, logits in enumerate(model.logits(painted).unbind(1)):
+            scores = logits + gumbel_noise(seeds, pixel, 1, 4096)[0]
+            behind = scores.amax(-1) - scores.gather(1, painted[:, pixel:pixel + 1])[:, 0]
+            assert behind.max() < 1e-3, (pixel, behind)
+
+
+@needs_a_gpu
 @kinds
 def test_graphs_paint_what_the_plain_loop_paints(kind):
     model, prompt = small(kind, std=0.2).cuda(), images(3)[:, :SIDE]
@@ -384,7 +414,7 @@ def test_dropout_is_for_training_alone():
 
 
 def test_a_model_in_half_precision_paints():
-    # as on a GPU; the prompt is long enough for the other way through the stem
+    # the prompt is long enough for the other way through the stem
     model, prompt = small('local column', tokens=4096, std=0.2).bfloat16(), images(3, side=64)[:, :4000]
     painted = model.generate(prompt, 96, generator=torch.Generator().manual_seed(3))
     assert painted.shape == (3, 4096) and len(painted[:, 4000:].unique()) > 5
