@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# All that the README says of a GPU, in one go: tests, timings, sampling, and a run that fills the rest of the time.
+#     bash bench/gpu.sh data/photos out/gpu 600        # data, a folder for everything that comes out, seconds
+# Every stage has its own limit, and none stops the next. DEVICE=cpu BATCH=2 rehearses it (with a data set of small images).
+set -u
+data=$(realpath "$1"); mkdir -p "$2"; out=$(realpath "$2"); seconds=$3
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3} device=${DEVICE:-cuda} batch=${BATCH:-32}
+export PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=$out/compiled
+stage() { echo "== $SECONDS s: $*"; }
+
+stage tests, and beside them what has to be compiled, untimed
+timeout 150 $python -m pytest -q -n 8 -p no:cacheprovider ${TESTS:-tests/test_model.py tests/test_train.py tests/test_sample.py} >"$out/tests.txt" 2>&1 &
+for b in 8 $batch 128; do [ "$device" = cpu ] || timeout 150 $python bench/training.py --batch $b --compile yes --steps 1 >/dev/null 2>&1 & done
+wait
+tail -n 3 "$out/tests.txt"
+
+stage a training step
+[ "$device" = cpu ] && batches=1 || batches="8 $batch 128"
+timeout 120 $python bench/training.py --device $device --batch $batches --steps 4 2>"$out/errors.txt" | tee "$out/training.md"
+[ "$device" = cpu ] || timeout 60 $python bench/training.py --models recommended --batch $batch --compile yes --steps 1 --profile >"$out/profile.txt" 2>&1
+
+stage sampling
+timeout 120 $python bench/sampling.py --device $device --batch ${SAMPLES:-1 32 256 1024} 2>>"$out/errors.txt" | tee "$out/sampling.md"
+timeout 60 $python bench/sampling.py --device $device --batch 1 --eager 2>>"$out/errors.txt" | tee -a "$out/sampling.md"
+
+# as many iterations as fit at the speed just measured; 40 seconds are for starting, evaluating and painting
+step=$(awk -F'|' -v b=" $batch " '$2 ~ /recommended/ && $4 == b {print $6; exit}' "$out/training.md")
+iterations=${ITERATIONS:-$($python -c "print(max(100, int(($seconds - $SECONDS - 40) / (1.08e-3 * ${step:-20})) // 100 * 100))")}
+stage "training, $iterations iterations of $batch"
+timeout $((seconds - SECONDS)) $python train.py config/landscape_gpu.py --device=$device --data_dir="$data" --out_dir="$out/run" --batch_size=$batch \
+    --max_iters=$iterations --eval_at="($((iterations / 8)), $((iterations / 2)))" >"$out/train.txt" 2>&1
+tail -n 3 "$out/train.txt"
+stage done
