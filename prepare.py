@@ -63,27 +63,28 @@ class Table:
         parts = []
         for name in sorted(splits):
             column = image_column(splits[name].features)
-            part = splits[name].select_columns([column]).rename_column(column, 'image')
-            if isinstance(part.features['image'], datasets.Image):
-                part = part.cast_column('image', datasets.Image(decode=False))  # bytes, to be decoded in the workers
-            parts.append((name, part))
+            part = splits[name].select_columns([column])
+            if isinstance(part.features[column], datasets.Image):
+                part = part.cast_column(column, datasets.Image(decode=False))  # bytes, to be decoded in the workers
+            parts.append((name, column, part))
         self.parts, self.ignored = parts, []
 
     def __len__(self):
-        return sum(len(part) for _, part in self.parts)
+        return sum(len(part) for *_, part in self.parts)
 
     def _find(self, i):
-        for name, part in self.parts:
+        for name, column, part in self.parts:
             if i < len(part):
-                return name, part, i
+                return name, column, part, i
             i -= len(part)
 
     def name(self, i):
-        return 'row {2} of {0}'.format(*self._find(i))
+        split, _, _, row = self._find(i)
+        return f'row {row} of {split}'
 
     def rgb(self, i, size):
-        _, part, row = self._find(i)
-        image = part[row]['image']
+        _, column, part, row = self._find(i)
+        image = part[row][column]
         if isinstance(image, dict):
             image = image['bytes'] if image['bytes'] is not None else image['path']
         if image is None:

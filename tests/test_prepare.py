@@ -1,6 +1,7 @@
 """From any source to whole, deterministic files, whatever lies in the folder."""
 import hashlib
 import io
+import json
 import os
 import pickle
 import signal
@@ -191,21 +192,22 @@ def files(pictures):
     return [(name, (pictures / name).read_bytes()) for name in source.paths]
 
 
-def save_parquet(path, files, kind):
+def save_parquet(path, files, kind, column='image'):
     import datasets
     cells = [{'bytes': data, 'path': name} if kind != 'bytes' else data for name, data in files]
     features = {'text': datasets.Value('string'),
-                'picture': {'image': datasets.Image(), 'bytes': datasets.Value('binary'),
+                column: {'image': datasets.Image(), 'bytes': datasets.Value('binary'),
                             'struct': {'bytes': datasets.Value('binary'), 'path': datasets.Value('string')}}[kind]}
-    table = datasets.Dataset.from_dict({'text': [name for name, _ in files], 'picture': cells}, features=datasets.Features(features))
+    table = datasets.Dataset.from_dict({'text': [name for name, _ in files], column: cells}, features=datasets.Features(features))
     path.parent.mkdir(parents=True, exist_ok=True)
     table.to_parquet(str(path))
 
 
+@pytest.mark.parametrize('column', ['image', 'picture'])
 @pytest.mark.parametrize('kind', ['image', 'struct', 'bytes'])
-def test_parquet_gives_what_the_folder_gives(pictures, files, tmp_path, kind):
-    save_parquet(tmp_path / 'in' / 'a.parquet', files[:17], kind)
-    save_parquet(tmp_path / 'in' / 'b.parquet', files[17:], kind)
+def test_parquet_gives_what_the_folder_gives(pictures, files, tmp_path, kind, column):
+    save_parquet(tmp_path / 'in' / 'a.parquet', files[:17], kind, column)
+    save_parquet(tmp_path / 'in' / 'b.parquet', files[17:], kind, column)
     call('prepare.py', '--source', pictures, '--size', 16, '--out_dir', tmp_path / 'folder')
     for source in (tmp_path / 'in', tmp_path / 'in' / '*.parquet'):
         call('prepare.py', '--source', source, '--size', 16, '--out_dir', tmp_path / 'table')
@@ -224,6 +226,29 @@ def test_a_data_set_of_the_hubs_shape_with_odd_splits(pictures, files, tmp_path)
     by_name = prepare.Folder(str(pictures))
     for i, name in ((0, files[15][0]), (29, files[14][0])):
         assert (table.rgb(i, 16) == by_name.rgb(by_name.paths.index(name), 16)).all()
+
+
+@pytest.mark.parametrize('layout', ['imagefolder', 'parquet'])
+def test_a_repository_in_the_very_shape_of_the_default_data_set(tmp_path, layout):
+    # Nature-Landscape: 512x512 PNG, the columns image and text, an image folder with metadata.jsonl; through load_dataset, as from the Hub
+    import datasets
+    drawn, repo = prepare.Synthetic(4, 0), tmp_path / 'ferrariedhgs' / 'Nature-Landscape'
+    repo.mkdir(parents=True)
+    for i in range(4):
+        Image.fromarray(drawn.rgb(i, 512)).save(repo / f'image_{i}.png')
+    (repo / 'metadata.jsonl').write_text(''.join(json.dumps({'file_name': f'image_{i}.png', 'text': 'a landscape'}) + '\n' for i in range(4)))
+    (repo / 'README.md').write_text('---\nlicense: apache-2.0\n---\n# Nature-Landscape\n')
+    splits = datasets.load_dataset(str(repo), cache_dir=str(tmp_path / 'cache'))
+    if layout == 'parquet':  # as the Hub converts it
+        splits['train'].to_parquet(str(tmp_path / 'converted' / 'default' / 'train' / '0000.parquet'))
+        splits = datasets.load_dataset(str(tmp_path / 'converted' / 'default'), cache_dir=str(tmp_path / 'cache'))
+    assert list(splits) == ['train'] and list(splits['train'].features) == ['image', 'text'] and isinstance(splits['train'].features['image'], datasets.Image)
+    table = prepare.Table(splits)
+    assert len(table) == 4
+    for i in range(4):
+        with Image.open(repo / f'image_{i}.png') as picture:
+            expected = np.asarray(picture.resize((64, 64), Image.Resampling.LANCZOS))
+        assert (table.rgb(i, 64) == expected).all()
 
 
 def test_bad_cells_of_a_table_are_named(files, tmp_path):
