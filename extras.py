@@ -7,6 +7,7 @@ import difflib
 import glob
 import importlib.util
 import io
+import math
 import os
 import pickle
 import sys
@@ -301,7 +302,14 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
+# keys of nanoGPT, or of other programs, that have no counterpart of a similar name here
+ELSEWHERE = {'block_size': 'it is given by the data: their images decide it', 'vocab_size': 'it is always 4096 colours', 'lr_decay_iters': 'the rate decays until max_iters',
+             'dataset': 'name the folder with data_dir', 'eval_iters': 'every validation image counts', 'decay_lr': 'for a constant rate, make min_lr equal to learning_rate'}
+
+
 def _unknown(name, known, where=''):
+    if name.lstrip('-') in ELSEWHERE:
+        return f"unknown key {name}{where}: {ELSEWHERE[name.lstrip('-')]}"
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"unknown key {name}{where}" + (f': did you mean {near[0]}?' if near else ': --help lists all keys')
 
@@ -349,28 +357,35 @@ def read_config(path, fields):
         raise UserError(f'no config file {path}: there is {there}; overrides are written --key=value')
     values = {}
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig') as f:  # Windows may put a mark in front
             lines = ast.parse(f.read()).body
     except (SyntaxError, ValueError) as e:  # UnicodeDecodeError is a ValueError
         raise UserError(f'{path} is no config file: {e}') from None
-    allowed = (ast.Constant, ast.Name, ast.Load, ast.Tuple, ast.List, ast.BinOp, ast.UnaryOp,
-               ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.USub)
+    allowed = (ast.Constant, ast.Name, ast.Load, ast.Tuple, ast.List, ast.BinOp, ast.UnaryOp, ast.Call,
+               ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.USub, ast.UAdd)
     for line in lines:
         where = f', line {line.lineno} of {path}'
         if isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant):
             continue  # a docstring
-        if not (isinstance(line, ast.Assign) and len(line.targets) == 1 and isinstance(line.targets[0], ast.Name)
-                and all(isinstance(node, allowed) for node in ast.walk(line.value))):
+        targets = line.targets if isinstance(line, ast.Assign) else [line.target] if isinstance(line, ast.AnnAssign) and line.value else []
+        if not (targets and all(isinstance(target, ast.Name) for target in targets) and all(isinstance(node, allowed) for node in ast.walk(line.value))
+                and all(isinstance(node.func, ast.Name) and node.func.id in ('int', 'float') for node in ast.walk(line.value) if isinstance(node, ast.Call))
+                and not any(isinstance(node.op, ast.Pow) and not _small(node.right) for node in ast.walk(line.value) if isinstance(node, ast.BinOp))):
             raise UserError(f'a config file holds only assignments such as  batch_size = 8{where}')
-        name = line.targets[0].id
-        if name not in fields:
-            raise UserError(_unknown(name, list(fields), where))
-        try:
-            value = eval(compile(ast.Expression(line.value), path, 'eval'), {'__builtins__': {}}, values)
-        except Exception as e:
-            raise UserError(f'{e}{where}') from None
-        values[name] = _coerce(value, fields[name].type, name + where)
+        for name in (target.id for target in targets):
+            if name not in fields:
+                raise UserError(_unknown(name, list(fields), where))
+            try:
+                value = eval(compile(ast.Expression(line.value), path, 'eval'), {'__builtins__': {}, 'int': int, 'float': float}, values)
+            except Exception as e:
+                raise UserError(f'{e}{where}') from None
+            values[name] = _coerce(value, fields[name].type, name + where)
     return values
+
+
+def _small(node):
+    """Whether an exponent in a config file is a number up to 64, so that nobody waits for 9 ** 9 ** 9."""
+    return isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and node.value <= 64 or isinstance(node, ast.UnaryOp) and _small(node.operand)
 
 
 def _kind(kind):
@@ -393,6 +408,8 @@ def _coerce(value, kind, where):
         value = float(value)
     if kind is tuple and type(value) in (int, list):
         value = (value,) if type(value) is int else tuple(value)
+    if type(value) is float and not math.isfinite(value):
+        raise UserError(f'{where} has to be a finite number, not {value}')
     if type(value) not in (typing.get_args(kind) or (kind,)) or kind is tuple and not all(type(v) is int for v in value):
         raise UserError(f"{where} takes {_kind(kind)}{' of whole numbers' if kind is tuple else ''}, not {value!r}")
     return value

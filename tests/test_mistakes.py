@@ -52,6 +52,11 @@ MISTAKES = {
     'code in a config file': ('train.py {code}', 'holds only assignments'),
     'a call in a config file': ('train.py {callfile}', 'holds only assignments'),
     'a wrong type in a file': ('train.py {wrong}', "batch_size, line 1 of {wrong} takes int, not 'many'"),
+    'a number without end': ('train.py {tiny} --learning_rate=1e999', 'has to be a finite number'),
+    'a number without end in a file': ('train.py {endless}', 'learning_rate, line 1 of {endless} has to be a finite number'),
+    'a power that nobody waits for': ('train.py {tower}', 'holds only assignments'),
+    'a key that the data decide': ('train.py {tiny} --block_size=1024', 'given by the data'),
+    'a config file in UTF-16': ('train.py {utf16}', 'is no config file'),
     'a config that is no Python': ('train.py {file}', 'is no config file'),
     'a wrong type': ('train.py --max_iters=1e4', '--max_iters takes int, not 10000.0'),
     'a word for a number': ('train.py --learning_rate=fast', "--learning_rate takes float, not 'fast'"),
@@ -139,9 +144,12 @@ def places(data, trained, tmp_path_factory):
                   picture=trained / 'images' / 'output20.png', mark=here / 'mark')
     places['file'].write_text('words, no code')
     places['empty'].mkdir()
-    for name, text in dict(typo="# a comment\nlearning_rat = 1e-3\n", code='import os\n', callfile="out_dir = open('x')\n", wrong="batch_size = 'many'\n").items():
+    for name, text in dict(typo="# a comment\nlearning_rat = 1e-3\n", code='import os\n', callfile="out_dir = open('x')\n", wrong="batch_size = 'many'\n",
+                           endless='learning_rate = 1e999\n', tower='max_iters = 9 ** 9 ** 9\n').items():
         places[name] = here / f'{name}.py'
         places[name].write_text(text)
+    places['utf16'] = here / 'utf16.py'
+    places['utf16'].write_text('batch_size = 8\n', encoding='utf-16')
     places['bad_parquet'] = here / 'bad.parquet'
     places['bad_parquet'].write_bytes(b'PAR1 no')
 

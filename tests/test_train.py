@@ -133,6 +133,15 @@ def test_a_config_file_and_the_command_line_over_it(data, tmp_path):
     assert (tmp_path / 'ckpt1.pt').exists()
 
 
+@pytest.mark.parametrize('text, key, value', [
+    ('\ufeffbatch_size = 8', 'batch_size', 8), ('n_embd = 2**5', 'n_embd', 32), ('learning_rate = 10 ** -3', 'learning_rate', 1e-3), ('max_iters = +10', 'max_iters', 10),
+    ('max_iters = int(1e4)', 'max_iters', 10000), ('batch_size: int = 8', 'batch_size', 8), ('n_layer = n_head = 2', 'n_head', 2), ('batch_size = 17 % 9', 'batch_size', 8),
+    ('batch_size = 8; max_iters = 10', 'max_iters', 10), ('learning_rate = 1/8', 'learning_rate', 0.125), ("wandb_run_name = 'gr\u00fcn'", 'wandb_run_name', 'gr\u00fcn')])
+def test_what_a_config_file_may_say(tmp_path, text, key, value):
+    (tmp_path / 'my.py').write_text(text + '\n', encoding='utf-8')
+    assert getattr(extras.load_config(train.TrainConfig, [str(tmp_path / 'my.py')]), key) == value
+
+
 def test_every_config_file_of_the_repository_is_understood():
     for path in sorted((ROOT / 'config').glob('*.py')):
         config = extras.load_config(train.TrainConfig, [str(path)])
