@@ -4,6 +4,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import errno
 import glob
 import importlib.util
 import io
@@ -13,6 +14,7 @@ import pickle
 import sys
 import tempfile
 import typing
+import uuid
 
 import numpy as np
 import torch
@@ -180,18 +182,20 @@ def make_folder(path):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """A binary file that appears under its name only when it is complete and on the disk."""
+    """A binary file that appears under its name only when it is complete and on the disk. Raises UserError if there is no room."""
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    partial = f'{path}.partial'
+    partial = f'{path}.{uuid.uuid4().hex[:8]}.partial'  # two processes that write one path do not meet
     try:
         with open(partial, 'wb') as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as e:
         with contextlib.suppress(OSError):
             os.remove(partial)
+        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(f'no room for {path} ({e.strerror}): free some in its folder; what was there before is whole') from None
         raise
 
 
@@ -232,7 +236,20 @@ def load_tokens(data_dir, split, meta):
 def save_checkpoint(checkpoint, path):
     """A dict of tensors and plain values -> file, whole or not at all."""
     with atomic_write(path) as f:
-        torch.save(checkpoint, f)
+        try:
+            torch.save(checkpoint, f)
+        except RuntimeError as e:  # what torch makes of a write that fails
+            raise e.__context__ if isinstance(e.__context__, OSError) else e
+
+
+def checkpoint_heads(folder):
+    """-> {path: dict(iter_num, run or None)} of all checkpoints ckpt*.pt that can be read, without their tensors."""
+    heads = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), 'ckpt*.pt'))):
+        with contextlib.suppress(Exception):  # a damaged file can raise nearly anything
+            checkpoint = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
+            heads[path] = dict(iter_num=checkpoint.get('iter_num', 0), run=checkpoint.get('run'))
+    return heads
 
 
 def load_checkpoint(path, device='cpu'):

@@ -11,10 +11,11 @@ import copy
 import csv
 import datetime
 import functools
-import glob
 import math
 import os
+import shlex
 import time
+import uuid
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
@@ -34,7 +35,7 @@ class TrainConfig:
     # files
     data_dir: str = key('data/landscape', 'the data set: a folder that prepare.py has filled')
     out_dir: str = key('out', 'checkpoints, log.csv, loss.png and images/ go here')
-    init_from: str = key('scratch', "'scratch', 'resume' (the checkpoint last written to out_dir), or the path of a checkpoint to go on from; of weights alone, as in out/ckpt6000.pt, a new run starts")
+    init_from: str = key('scratch', "'scratch', 'resume' (from the furthest checkpoint in out_dir), or a checkpoint to go on from, or a folder of them; of weights alone, as in out/ckpt6000.pt, a new run starts")
     keep_checkpoints: int = key(10, 'how many checkpoints of a run stay on disk; the best one always does')
     # the model
     n_layer: int = key(4, 'transformer blocks')
@@ -170,6 +171,20 @@ def start_log(path, iteration):
         f.write((','.join(COLUMNS) + '\n' + ''.join(rows)).encode())
 
 
+def start_wandb(config):
+    """-> the module wandb, its run begun. Raises UserError."""
+    try:
+        import wandb
+        wandb.init  # a folder called wandb is no module
+    except (ImportError, AttributeError):
+        raise UserError('--wandb_log=True needs wandb: pip install wandb') from None
+    try:
+        wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=asdict(config))
+    except Exception as e:  # no key, no network
+        raise UserError(f'wandb cannot start ({extras.brief(e)}): run  wandb login , or leave --wandb_log out') from None
+    return wandb
+
+
 def plot_log(path, png):
     """log.csv -> loss.png: bits per pixel over images seen."""
     import matplotlib
@@ -208,13 +223,23 @@ def check(config, world_size):
 
 
 def find_checkpoint(config):
-    """--init_from -> the path of the checkpoint to go on from. Raises UserError."""
-    if config.init_from != 'resume':
+    """--init_from -> the path of the checkpoint to go on from: in a folder the one with most iterations. Raises UserError."""
+    folder = config.out_dir if config.init_from == 'resume' else config.init_from
+    if config.init_from != 'resume' and not os.path.isdir(folder):
         return config.init_from
-    paths = glob.glob(os.path.join(glob.escape(config.out_dir), 'ckpt*.pt'))
-    if not paths:
-        raise UserError(f'nothing to resume: no checkpoint in {config.out_dir}; leave --init_from=resume out to start')
-    return max(paths, key=os.path.getmtime)  # the last one written, which need not have the highest number
+    heads = extras.checkpoint_heads(folder)
+    runs = {}
+    for path, head in heads.items():
+        if head['run']:  # not weights alone
+            runs.setdefault(head['run'].get('id'), []).append(path)
+    if not runs:
+        weights = next(iter(heads), None)
+        raise UserError(f'nothing to resume: {weights} holds weights alone; --init_from={shlex.quote(weights)} starts a new run with them' if weights else
+                        f'nothing to resume: no checkpoint in {folder}; leave --init_from out to start')
+    if len(runs) > 1:
+        raise UserError(f"{folder} holds checkpoints of {len(runs)} runs ({'; '.join(', '.join(map(os.path.basename, paths)) for paths in runs.values())}): "
+                        'name the one to go on from, as in --init_from=' + shlex.quote(next(iter(runs.values()))[0]))
+    return max(*runs.values(), key=lambda path: heads[path]['iter_num'])
 
 
 def main(argv=None):
@@ -259,12 +284,11 @@ def main(argv=None):
     optimizers = raw_model.configure_optimizers(config.weight_decay, config.learning_rate, (config.beta1, config.beta2), config.muon_lr)
     peaks = [optimizer.param_groups[0]['lr'] for optimizer in optimizers]
     iteration, seconds, best_val_loss, best_iter, saved, own = 0, 0.0, math.inf, None, [], False
+    run_id = uuid.uuid4().hex  # tells the checkpoints of one run from those of another in the same folder
     if config.init_from != 'scratch':
         path = find_checkpoint(config)
         checkpoint = extras.load_checkpoint(path, device)
         whole = 'run' in checkpoint  # not weights alone
-        if not whole and config.init_from == 'resume':
-            raise UserError(f'{path} holds weights alone, so there is nothing to resume: --init_from={path} starts a new run with them')
         theirs = {**(checkpoint['config'] if whole else {}), **checkpoint['model_args']}
         for name, value in {**model_args, 'batch_size': config.batch_size}.items():
             value_there = theirs.get(name, getattr(GPTConfig, name, value))
@@ -283,7 +307,11 @@ def main(argv=None):
                 scaler.load_state_dict(checkpoint['scaler'])
             iteration, best_val_loss = checkpoint['iter_num'], checkpoint['best_val_loss']
             seconds, best_iter, saved = (checkpoint['run'][name] for name in ('seconds', 'best_iter', 'saved'))
+            said = [f'{name} was {theirs[name]}, is {getattr(config, name)}' for name in ('data_dir', 'seed') if theirs[name] != getattr(config, name)]
+            if said:
+                say(f"note: this is not what {path} was made with: {'; '.join(said)}")
             own = os.path.realpath(os.path.dirname(path)) == os.path.realpath(config.out_dir)
+            run_id = checkpoint['run'].get('id') if own else run_id
             if not own:  # what lies here is of another run
                 best_val_loss, best_iter, saved = math.inf, None, []
             if iteration >= config.max_iters:
@@ -296,22 +324,16 @@ def main(argv=None):
         say('compiling the model: the first iterations take a minute longer')
         model = torch.compile(model)
     if world_size > 1:
-        model = DDP(model, device_ids=[device] if device.startswith('cuda') else None, broadcast_buffers=False)  # these are constants
+        model = DDP(model, device_ids=[device] if device.startswith('cuda') else None)
 
     positions = sum(p.numel() for p in raw_model.parameters()) - raw_model.num_params()
     say(f"{raw_model.num_params() / 1e6:.2f}M parameters (and {positions / 1e6:.2f}M for positions) on {world_size} x {device}, "
         f"{str(dtype).removeprefix('torch.')}{', compiled' if compile_it else ''}")
     say(f"{len(train_data):,} training and {len(val_data):,} validation images of {meta['height']}x{meta['width']} from {config.data_dir}; "
         f"{config.max_iters:,} iterations of {config.batch_size} images are {config.max_iters * config.batch_size / len(train_data):.2f} epochs")
-    wandb = None
+    wandb = start_wandb(config) if master and config.wandb_log else None
     if master:
         start_log(log_path, iteration if own else 0)
-        if config.wandb_log:
-            try:
-                import wandb
-            except ImportError:
-                raise UserError('--wandb_log=True needs wandb: pip install wandb') from None
-            wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=asdict(config))
 
     def log(name, loss):
         """One row of log.csv, of the train_loss or the val_loss."""
@@ -332,8 +354,8 @@ def main(argv=None):
 
     first, share = iteration, config.batch_size // world_size
     micro = share // config.gradient_accumulation_steps
-    began, loss_sum, loss_count = time.time(), torch.zeros((), device=device), 0
-    window = time.time()  # since the last log line, less evaluations
+    began, loss_sum, loss_count = time.monotonic(), torch.zeros((), device=device), 0
+    window = time.monotonic()  # since the last log line, less evaluations
     model.train()
     while True:
         last_step = iteration == config.max_iters
@@ -345,19 +367,19 @@ def main(argv=None):
             if world_size > 1:
                 dist.all_reduce(mean)
             train_loss = mean.item() / world_size
-            took = time.time() - window
+            took = time.monotonic() - window
             seconds += took
             stop_if_not_finite(train_loss)
             images = loss_count * config.batch_size / took
-            left = (time.time() - began) / (iteration - first) * (config.max_iters - iteration)
+            left = (time.monotonic() - began) / (iteration - first) * (config.max_iters - iteration)
             say(f"iter {iteration} | loss {train_loss:.4f} | {train_loss / math.log(2):.3f} bits/pixel | {images:.2f} images/s | "
                 f"{images * meta['tokens_per_image']:,.0f} tokens/s | {datetime.timedelta(seconds=int(left))} left")
             if master:
                 log('train_loss', train_loss)
             loss_sum.zero_()
-            loss_count, window = 0, time.time()
+            loss_count, window = 0, time.monotonic()
         elif iteration == first + 1:  # something to see before the first log line
-            say(f'iter {iteration} | loss {loss_sum.item():.4f} | {time.time() - window:.1f} s')
+            say(f'iter {iteration} | loss {loss_sum.item():.4f} | {time.monotonic() - window:.1f} s')
 
         # evaluation: the loss over all validation images, a sheet of samples, a checkpoint
         if iteration > first and eval_step:
@@ -373,7 +395,7 @@ def main(argv=None):
                     model=averaged_model.state_dict(), training_model=raw_model.state_dict() if config.average else None, optimizer=optimizers[0].state_dict(),
                     muon=optimizers[1].state_dict() if config.muon_lr else None, scaler=scaler.state_dict(), model_args=model_args,
                     iter_num=iteration, best_val_loss=best_val_loss, config=asdict(config), height=meta['height'], width=meta['width'],
-                    run=dict(seconds=seconds, best_iter=best_iter, saved=saved)), path)
+                    run=dict(id=run_id, seconds=seconds, best_iter=best_iter, saved=saved)), path)
                 # the oldest ones go, but never the best nor the last; what other runs have left here is not touched
                 while len(saved) > config.keep_checkpoints and (old := next((i for i in saved[:-1] if i != best_iter), None)):
                     saved.remove(old)
@@ -384,7 +406,7 @@ def main(argv=None):
                 paint_samples(averaged_model, val_data, config, meta, picture)
                 say(f"iter {iteration} | validation loss {val_loss:.4f} | {val_loss / math.log(2):.3f} bits/pixel"
                     f"{' | the best so far' if best_iter == iteration else ''} | {path} | {picture}")
-            window = time.time()
+            window = time.monotonic()
         if last_step:
             break
 
@@ -415,7 +437,7 @@ def main(argv=None):
         if config.average:
             update_average(averaged_model, raw_model, iteration, config.average)
 
-    say(f'done: best validation {best_val_loss / math.log(2):.3f} bits/pixel at iteration {best_iter}. Paint with  python sample.py --ckpt {config.out_dir}/ckpt{best_iter}.pt')
+    say(f'done: best validation {best_val_loss / math.log(2):.3f} bits/pixel at iteration {best_iter}. Paint with  python sample.py --ckpt ' + shlex.quote(f'{config.out_dir}/ckpt{best_iter}.pt'))
     if world_size > 1:
         dist.barrier()  # nobody leaves while another still evaluates
         del model, loss  # what they hold of the process group would be freed after it, which now and then never ends

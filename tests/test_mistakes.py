@@ -94,7 +94,7 @@ MISTAKES = {
     'resuming another model': ('train.py {tiny} --init_from={ckpt} --n_layer=3', 'has n_layer=2, this run n_layer=3'),
     'resuming with other batches': ('train.py {tiny} --init_from={ckpt} --batch_size=4', 'has batch_size=8, this run batch_size=4'),
     'resuming what does not fit': ('train.py {tiny} --init_from={strange}', 'does not fit the model'),
-    'resuming weights alone': ('train.py {tiny} --out_dir={weights} --init_from=resume', 'nothing to resume: --init_from='),
+    'resuming weights alone': ('train.py {tiny} --out_dir={weights} --init_from=resume', 'holds weights alone; --init_from='),
     'resuming what is done': ('train.py {tiny} --init_from={ckpt} --max_iters=20', 'raise --max_iters'),
     'resuming half a checkpoint': ('train.py {tiny} --init_from={halfckpt}', 'no readable checkpoint'),
     'wandb not installed': ('train.py {tiny} --wandb_log=True', 'pip install wandb'),

@@ -195,6 +195,13 @@ def test_a_new_run_starts_with_weights_alone(data, trained, tmp_path):
 # -----------------------------------------------------------------------------
 # resuming
 
+def size_of(path):
+    try:
+        return path.stat().st_size
+    except (AttributeError, FileNotFoundError):  # none, or gone again
+        return 0
+
+
 def kill_when(process, condition):
     """kill -9, the moment that condition holds."""
     while not condition():
@@ -228,18 +235,55 @@ def test_kill_9_while_a_checkpoint_is_written_leaves_the_earlier_one(tmp_path):
             "for i in range(1000): extras.save_checkpoint({'model': {'w': torch.full((40_000_000,), float(i))}}, sys.argv[1])")
     for trial in range(3):
         process = subprocess.Popen([sys.executable, '-c', code, str(path)], env=ENV, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        partial = tmp_path / 'ckpt.pt.partial'
-        kill_when(process, lambda: path.exists() and partial.exists() and 0 < partial.stat().st_size < 150_000_000)
-        assert 0 < partial.stat().st_size < 160_000_000  # really in the middle
+        partial = lambda: next(tmp_path.glob('ckpt.pt.*.partial'), None)
+        kill_when(process, lambda: path.exists() and 0 < size_of(partial()) < 150_000_000)
+        assert 0 < size_of(partial()) < 160_000_000  # really in the middle
         w = load(path)['model']['w']
         assert len(w) == 40_000_000 and (w == w[0]).all()
-        partial.unlink(), path.unlink()
+        partial().unlink(), path.unlink()
 
 
-def test_resume_takes_the_checkpoint_written_last(data, tmp_path):
+def test_resume_takes_the_furthest_checkpoint_whatever_its_time(data, tmp_path):
+    # cp, git, unzip and a cloud's folder keep no times
     run(data, tmp_path, '--max_iters=4', '--eval_interval=2')
-    os.utime(tmp_path / 'ckpt4.pt', (1, 1))  # left over from an older run
-    assert 'ckpt2.pt, iteration 2' in run(data, tmp_path, '--max_iters=4', '--init_from=resume')
+    os.utime(tmp_path / 'ckpt4.pt', (1, 1))
+    (tmp_path / 'ckpt9.pt').write_bytes((tmp_path / 'ckpt4.pt').read_bytes()[:1000])  # cut short in copying
+    for start in ('resume', tmp_path):
+        assert 'ckpt4.pt has done all 4 iterations' in run(data, tmp_path, '--max_iters=4', f'--init_from={start}', code=1)
+    assert 'ckpt4.pt, iteration 4' in run(data, tmp_path / 'on', '--max_iters=5', f'--init_from={tmp_path}')
+
+
+def test_two_runs_in_one_folder_are_not_mixed(data, trained, tmp_path):
+    run(data, tmp_path, '--max_iters=2')
+    (tmp_path / 'ckpt20.pt').write_bytes((trained / 'ckpt20.pt').read_bytes())
+    out = run(data, tmp_path, '--init_from=resume', '--max_iters=30', code=1)
+    assert 'holds checkpoints of 2 runs (ckpt2.pt; ckpt20.pt)' in out and '--init_from=' in out
+    assert [row['iteration'] for row in log(tmp_path)] == ['2', '2']
+
+
+def test_resuming_with_another_seed_is_said(data, trained, tmp_path):
+    assert 'seed was 1337, is 7' in run(data, tmp_path, f'--init_from={trained}/ckpt20.pt', '--max_iters=21', '--seed=7')
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path):
+    # a limit on the size of files is a disk that is full at that point
+    extras.save_checkpoint({'model': torch.zeros(1000)}, tmp_path / 'a.pt')
+    code = ("import errno, resource, signal, sys, torch, extras\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+            "extras.run(lambda: extras.save_checkpoint({'model': torch.ones(1_000_000)}, sys.argv[1]))")
+    done = subprocess.run([sys.executable, '-c', code, str(tmp_path / 'a.pt')], env=ENV, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 1 and done.stdout.startswith(f'error: no room for {tmp_path}/a.pt (') and len(done.stdout.splitlines()) == 1
+    assert len(load(tmp_path / 'a.pt')['model']) == 1000 and os.listdir(tmp_path) == ['a.pt']
+
+
+def test_two_processes_that_write_one_path_do_not_meet(tmp_path):
+    code = ("import sys, torch, extras\n"
+            "for i in range(40): extras.save_checkpoint({'w': torch.full((200_000,), float(sys.argv[2]))}, sys.argv[1])")
+    writers = [subprocess.Popen([sys.executable, '-c', code, str(tmp_path / 'a.pt'), str(n)], env=ENV, cwd=ROOT, stderr=subprocess.PIPE, text=True) for n in (1, 2)]
+    while any(writer.poll() is None for writer in writers):
+        if (tmp_path / 'a.pt').exists():
+            assert load(tmp_path / 'a.pt')['w'].unique().numel() == 1
+    assert [writer.communicate()[1] for writer in writers] == ['', ''] and os.listdir(tmp_path) == ['a.pt']
 
 
 def test_resuming_with_another_optimizer_is_a_mistake(data, tmp_path):
