@@ -11,14 +11,16 @@ import io
 import math
 import os
 import pickle
+import shlex
 import sys
 import tempfile
 import typing
 import uuid
+import warnings
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageColor
+from PIL import ExifTags, Image, ImageCms, ImageColor, ImageFile, PngImagePlugin
 
 from model import GPT, GPTConfig
 
@@ -39,6 +41,7 @@ class UserError(Exception):
 
 def run(main):
     """Call main() as a command: a mistake prints one line and exits with 1, Ctrl-C exits with 130."""
+    sys.stdout.reconfigure(errors='replace')  # names of files may hold what a terminal cannot show
     try:
         main()
     except UserError as e:
@@ -86,43 +89,119 @@ def parse_pixel(text):
 # EXIF orientation -> what puts the stored picture upright
 UPRIGHT = dict(zip(range(2, 9), (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
                                  Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90)))
+SIDEWAYS = [UPRIGHT[orientation] for orientation in (5, 6, 7, 8)]  # those that swap width and height
+
+
+# what Pillow can open but should not: data, videos and documents; for some of them it would start another program
+NO_PICTURES = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'IPTC', 'MPEG', 'PDF', 'WMF'}
+PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 24, 2 ** 28  # bytes; pictures bring long texts along
+
+
+def width_and_height(size):
+    """(width, height) or one number for a square -> (width, height)."""
+    return (size, size) if isinstance(size, int) else size
 
 
 def load_rgb(file, size):
-    """The picture in file (a path or a binary stream) -> (size, size, 3) uint8: upright, centre-cropped, LANCZOS.
+    """The picture in file (a path or a binary stream) -> (height, width, 3) uint8: upright, centre-cropped, LANCZOS.
 
-    Takes any Pillow mode: alpha is laid over white, 16 bits are scaled to 8, of an animation the first frame counts,
-    CMYK and wide-gamut colours go to sRGB through the profile that the file brings. Raises whatever Pillow raises.
+    size is (width, height), or one number for a square. Takes any Pillow mode: alpha is laid over white, what has more than
+    8 bits is scaled to 8, of an animation the first frame counts, grey, CMYK and wide-gamut colours go to sRGB through the
+    profile that the file brings. Damaged metadata is ignored. Raises whatever Pillow raises if the pixels cannot be read.
     """
-    with Image.open(file) as image:
+    width, height = width_and_height(size)
+    with _quiet(), _open(file) as image:
         # a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which leaves at least 4 pixels for one of ours
-        draft = image.draft(None, (4 * size, 4 * size))
+        whole, reach = image.width * image.height, 4 * max(width, height)
+        draft = image.draft(None, (reach, reach))
+        # a progressive JPEG is held whole even so, at half of the memory
+        pixels = max(image.width * image.height, whole // 2 if image.info.get('progressive') else 0)
+        if pixels > 2 * Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError(f'{whole:,} pixels would not fit into the memory')
         image.load()
-        upright = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))  # read after load(), which turns a TIFF and takes this away
+        turn = _turn(image)  # read after load(), which turns a TIFF and takes this away
+        if turn in SIDEWAYS:
+            width, height = height, width
         w, h = draft[1][2:] if draft else image.size  # a draft's size is rounded up: this is the exact one, with a fraction
-        side = min(w, h)
-        left, top = (w - side) / 2, (h - side) / 2
-        square = _flatten(image).resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
-        square = square if upright is None else square.transpose(upright)
-        return np.asarray(_to_srgb(square, image.info.get('icc_profile')))
+        crop_w, crop_h = min(w, h * width / height), min(h, w * height / width)
+        left, top = (w - crop_w) / 2, (h - crop_h) / 2
+        cropped = _flatten(image).resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + crop_w, top + crop_h))
+        cropped = cropped if turn is None else cropped.transpose(turn)
+        return np.asarray(_to_srgb(cropped, image.info.get('icc_profile')))
+
+
+@contextlib.contextmanager
+def _quiet():
+    """No warnings about odd pictures: Pillow's go through Python, those of libtiff straight to file descriptor 2."""
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
+
+
+def _open(file):
+    """Image.open for pictures alone, of JPEGs of any size, and of PNGs with damaged chunks beside the pixels."""
+    Image.init()
+    limit = Image.MAX_IMAGE_PIXELS
+    ImageFile.LOAD_TRUNCATED_IMAGES = True  # while the header is read; pixels have to be complete
+    try:
+        return Image.open(file, formats=[kind for kind in Image.ID if kind not in NO_PICTURES])
+    except Image.DecompressionBombError:
+        Image.MAX_IMAGE_PIXELS = None
+        try:
+            return Image.open(file, formats=['JPEG'])
+        except Image.UnidentifiedImageError:
+            pass
+        raise
+    finally:
+        Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = limit, False
+
+
+def _turn(image):
+    """What puts an image upright, a member of Image.Transpose, or None: nothing, or nothing that could be understood."""
+    try:
+        return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # damaged EXIF can raise nearly anything
+        return None
 
 
 def _flatten(image):
     """Any Pillow mode -> L, RGB or CMYK (or LAB, ...), 8 bits a channel and opaque."""
     if image.mode in ('I', 'F') or image.mode.startswith('I;16'):
         values = np.asarray(image, dtype=np.float64)
-        # float files hold 0..1 or 0..255, integer ones 16 bits: pick the range by what is there
-        top = 65535 if image.mode != 'F' else 1 if values.max() <= 1 else 255
-        return Image.fromarray((np.nan_to_num(values) / top * 255 + 0.5).clip(0, 255).astype(np.uint8))
+        levels = (np.nan_to_num(values, posinf=np.inf, neginf=0) / _white(values) * 255 + 0.5).clip(0, 255)
+        levels[values == image.info.get('transparency', np.nan)] = 255
+        return Image.fromarray(levels.astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert('RGBA')
-        return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
+        grey, image = image.mode in ('L', 'LA', 'La'), image.convert('RGBA')
+        return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('L' if grey else 'RGB')
     return image.convert('RGB') if image.mode in ('1', 'P') else image
+
+
+def _white(values):
+    """The value that stands for white among whole numbers of up to 32 bits or floats, which no file states: a guess by what is there.
+
+    Whole numbers fill 8, 10, 12, 14 or 16 bits, the fewest that hold them all. Floats go up to 1 or 255 (a few highlights
+    may lie above); otherwise the brightest is white. NaN and infinity do not count. Raises ValueError if there is nothing else.
+    """
+    values = values[np.isfinite(values)]
+    if not values.size:
+        raise ValueError('no pixel is a number')
+    most, highest = np.percentile(values, 99.9), values.max()
+    if (values == values.round()).all() and highest > 1:
+        return next((2 ** bits - 1 for bits in (8, 10, 12, 14, 16) if highest < 2 ** bits), highest)
+    return 1 if most <= 1 else 255 if 16 < most <= 255 else most
 
 
 def _to_srgb(image, profile):
     """Follow an embedded ICC profile to sRGB; without one, or with a broken one, Pillow's plain conversion."""
-    if profile and image.mode in ('RGB', 'CMYK'):
+    if profile and image.mode in ('L', 'RGB', 'CMYK'):
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             return ImageCms.profileToProfile(image, source, ImageCms.createProfile('sRGB'), outputMode='RGB')
@@ -208,7 +287,7 @@ def load_meta(data_dir):
     """meta.pkl of a prepared data set -> dict of plain values. Raises UserError."""
     path = os.path.join(data_dir, 'meta.pkl')
     if not os.path.exists(path):
-        raise UserError(f'no data set in {data_dir}: make one with  python prepare.py --out_dir {data_dir}')
+        raise UserError(f'no data set in {data_dir}: make one with  python prepare.py --out_dir {shlex.quote(data_dir)}')
     try:
         with open(path, 'rb') as f:
             meta = _PlainUnpickler(f).load()

@@ -183,3 +183,20 @@ def test_photographs_of_many_kinds():
     for name in ('kde_ColdRipple_small.jpg', 'sharp_grey-8bit-alpha.png'):
         grey = load(name)
         assert (grey == grey[..., :1]).all()
+
+
+@pytest.mark.parametrize('ending', ['jpg', 'png', 'webp'])
+@pytest.mark.parametrize('exif', [b'Exif\0\0' + b'garbage!' * 4, b'Exif\0\0', b'Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0', b'Exif\0\0II*\0\xff\xff\xff\x7f'])
+def test_broken_exif_costs_no_pixels(tmp_path, ending, exif):
+    Image.new('RGB', (40, 30), (255, 0, 0)).save(tmp_path / f'a.{ending}', exif=exif)
+    assert extras.pack_rgb(extras.load_rgb(tmp_path / f'a.{ending}', 8))[4, 4] == 0xF00
+
+
+@pytest.mark.parametrize('top, kind', [(1, np.float32), (4, np.float32), (4095, np.uint16)])
+def test_a_ramp_is_a_ramp_whatever_its_range_and_holes(tmp_path, top, kind):
+    ramp = np.linspace(0, top, 1200).reshape(30, 40).astype(kind)
+    if kind is np.float32:
+        ramp[0, 0] = np.nan
+    Image.fromarray(ramp).save(tmp_path / 'a.tiff')
+    grey = extras.load_rgb(tmp_path / 'a.tiff', 16)[..., 0]
+    assert grey[0, 5] < 16 and grey[-1, -1] > 239
