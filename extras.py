@@ -18,6 +18,7 @@ import typing
 import uuid
 import warnings
 
+import filelock
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageCms, ImageColor, ImageFile, PngImagePlugin
@@ -102,8 +103,20 @@ def width_and_height(size):
     return (size, size) if isinstance(size, int) else size
 
 
+def is_picture(path):
+    """Whether a file is a picture: by its ending if that says so, else by its content."""
+    kind = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
+    if kind:
+        return kind in Image.OPEN and kind not in NO_PICTURES
+    try:
+        with _quiet(), _open(path):
+            return True
+    except Exception:  # what is no picture can raise nearly anything
+        return False
+
+
 def load_rgb(file, size):
-    """The picture in file (a path or a binary stream) -> (height, width, 3) uint8: upright, centre-cropped, LANCZOS.
+    """The picture in file (a path, a binary stream, or a PIL image) -> (height, width, 3) uint8: upright, centre-cropped, LANCZOS.
 
     size is (width, height), or one number for a square. Takes any Pillow mode: alpha is laid over white, what has more than
     8 bits is scaled to 8, of an animation the first frame counts, grey, CMYK and wide-gamut colours go to sRGB through the
@@ -147,6 +160,8 @@ def _quiet():
 
 def _open(file):
     """Image.open for pictures alone, of JPEGs of any size, and of PNGs with damaged chunks beside the pixels."""
+    if isinstance(file, Image.Image):
+        return file
     Image.init()
     limit = Image.MAX_IMAGE_PIXELS
     ImageFile.LOAD_TRUNCATED_IMAGES = True  # while the header is read; pixels have to be complete
@@ -175,28 +190,30 @@ def _flatten(image):
     """Any Pillow mode -> L, RGB or CMYK (or LAB, ...), 8 bits a channel and opaque."""
     if image.mode in ('I', 'F') or image.mode.startswith('I;16'):
         values = np.asarray(image, dtype=np.float64)
-        levels = (np.nan_to_num(values, posinf=np.inf, neginf=0) / _white(values) * 255 + 0.5).clip(0, 255)
+        levels = to_levels(values)
         levels[values == image.info.get('transparency', np.nan)] = 255
-        return Image.fromarray(levels.astype(np.uint8))
+        return Image.fromarray(levels)
     if image.has_transparency_data:
         grey, image = image.mode in ('L', 'LA', 'La'), image.convert('RGBA')
         return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('L' if grey else 'RGB')
     return image.convert('RGB') if image.mode in ('1', 'P') else image
 
 
-def _white(values):
-    """The value that stands for white among whole numbers of up to 32 bits or floats, which no file states: a guess by what is there.
+def to_levels(values):
+    """Whole numbers of up to 32 bits or floats -> uint8. No file states which value is white: it is guessed by what is there.
 
     Whole numbers fill 8, 10, 12, 14 or 16 bits, the fewest that hold them all. Floats go up to 1 or 255 (a few highlights
     may lie above); otherwise the brightest is white. NaN and infinity do not count. Raises ValueError if there is nothing else.
     """
-    values = values[np.isfinite(values)]
-    if not values.size:
+    finite = values[np.isfinite(values)]
+    if not finite.size:
         raise ValueError('no pixel is a number')
-    most, highest = np.percentile(values, 99.9), values.max()
-    if (values == values.round()).all() and highest > 1:
-        return next((2 ** bits - 1 for bits in (8, 10, 12, 14, 16) if highest < 2 ** bits), highest)
-    return 1 if most <= 1 else 255 if 16 < most <= 255 else most
+    most, highest = np.percentile(finite, 99.9), finite.max()
+    if (finite == finite.round()).all() and highest > 1:
+        white = next((2 ** bits - 1 for bits in (8, 10, 12, 14, 16) if highest < 2 ** bits), highest)
+    else:
+        white = 1 if most <= 1 else 255 if 16 < most <= 255 else most
+    return (np.nan_to_num(values, posinf=np.inf, neginf=0) / white * 255 + 0.5).clip(0, 255).astype(np.uint8)
 
 
 def _to_srgb(image, profile):
@@ -260,21 +277,48 @@ def make_folder(path):
 
 
 @contextlib.contextmanager
+def locked(folder):
+    """Create a folder if need be, and keep it for this process alone. Raises UserError if another one has it, or if nobody can write there."""
+    make_folder(folder)
+    lock = filelock.FileLock(os.path.join(folder, '.lock'))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f'another process is writing to {folder}: wait for it, or choose another --out_dir') from None
+    except (NotImplementedError, OSError):  # some network disks know no locks
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def room_in(folder):
+    """Raises UserError if the disk is full, whatever is written within."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(f'no room in {folder} ({e.strerror}): free some there; what was there before is whole') from None
+
+
+@contextlib.contextmanager
 def atomic_write(path):
     """A binary file that appears under its name only when it is complete and on the disk. Raises UserError if there is no room."""
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    folder = os.path.dirname(path) or '.'
+    os.makedirs(folder, exist_ok=True)
     partial = f'{path}.{uuid.uuid4().hex[:8]}.partial'  # two processes that write one path do not meet
     try:
-        with open(partial, 'wb') as f:
+        with room_in(folder), open(partial, 'wb') as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
-    except BaseException as e:
+    except BaseException:
         with contextlib.suppress(OSError):
             os.remove(partial)
-        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(f'no room for {path} ({e.strerror}): free some in its folder; what was there before is whole') from None
         raise
 
 
@@ -395,6 +439,8 @@ class Parser(argparse.ArgumentParser):
         for name, value in vars(args).items():
             if isinstance(value, str):  # the shell leaves the ~ of --out_dir=~/runs alone
                 setattr(args, name, os.path.expanduser(value))
+            elif isinstance(value, list):
+                setattr(args, name, [os.path.expanduser(v) for v in value])
         return args
 
 

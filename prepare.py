@@ -1,12 +1,13 @@
-"""Turn pictures into tokens: any source -> data/<dataset>/train.bin, val.bin, meta.pkl and preview.png.
+"""Turn pictures into tokens: any sources -> data/<dataset>/train.bin, val.bin, meta.pkl and preview.png.
 
     python prepare.py                                              # ferrariedhgs/Nature-Landscape from the Hugging Face Hub
     python prepare.py --source ~/Pictures --out_dir data/mine      # a folder, with all folders in it
-    python prepare.py --source 'shards/*.parquet' --out_dir data/mine
+    python prepare.py --source shards/*.parquet more/*.jpg --val_source data/mine --out_dir data/more
     python prepare.py --source synthetic --out_dir data/synthetic  # landscapes drawn here, no download
 
-A .bin file is raw little-endian uint16, one image a row of size * size tokens in raster order.
+A .bin file is raw little-endian uint16, one image a row of height * width tokens in raster order.
 """
+import argparse
 import contextlib
 import functools
 import glob
@@ -15,35 +16,31 @@ import io
 import multiprocessing
 import os
 import pickle
+import re
+import shlex
 import shutil
 import signal
+import tempfile
 import threading
-import warnings
 
 import numpy as np
+from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import extras
 from extras import UserError
 
-ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.gif')
+WRITTEN = {'train.bin', 'val.bin', 'preview.png', 'meta.pkl'}
 
 # -----------------------------------------------------------------------------
-# sources: objects with a length, name(i), and rgb(i, size) -> (size, size, 3) uint8
+# sources: objects with a length, name(i), picture(i), which is something that extras.load_rgb reads, and the name of a split or None
 
-class Folder:
-    """All picture files below a folder, in the order of their relative paths."""
+class Files:
+    """Picture files."""
 
-    def __init__(self, root):
-        self.root, self.paths, self.ignored = root, [], []
-        for folder, subfolders, files in os.walk(root):
-            subfolders[:] = [d for d in subfolders if not d.startswith('.')]
-            for name in files:
-                if not name.startswith('.'):
-                    path = os.path.relpath(os.path.join(folder, name), root).replace(os.sep, '/')
-                    (self.paths if name.lower().endswith(ENDINGS) else self.ignored).append(path)
-        self.paths.sort()  # the order of a directory differs from disk to disk
+    def __init__(self, paths):
+        self.paths, self.split = paths, None
 
     def __len__(self):
         return len(self.paths)
@@ -51,65 +48,76 @@ class Folder:
     def name(self, i):
         return self.paths[i]
 
-    def rgb(self, i, size):
-        return extras.load_rgb(os.path.join(self.root, self.paths[i]), size)
+    picture = name
 
 
 class Table:
-    """The image column of a datasets.DatasetDict (Hub or parquet): every row of every split, in the order of split names."""
+    """A column of one split of a data set: each cell holds a picture or a list of pictures."""
 
-    def __init__(self, splits):
-        import datasets
-        parts = []
-        for name in sorted(splits):
-            column = image_column(splits[name].features)
-            part = splits[name].select_columns([column])
-            if isinstance(part.features[column], datasets.Image):
-                part = part.cast_column(column, datasets.Image(decode=False))  # bytes, to be decoded in the workers
-            parts.append((name, column, part))
-        self.parts, self.ignored = parts, []
+    def __init__(self, split, rows, column):
+        import pyarrow.compute
+        self.split, self.rows = split, rows.select_columns([column]).with_format('arrow')
+        self.items = None  # for lists: (row, item) of every picture
+        if any(isinstance(cell, list) and len(items(cell)) == len(cell) for cell in some_rows(rows)[column].to_pylist()):
+            lengths = pyarrow.compute.list_value_length(self.rows.data.column(column)).fill_null(0).to_numpy()
+            self.items = [(row, item) for row, length in enumerate(lengths.tolist()) for item in range(length)]
 
     def __len__(self):
-        return sum(len(part) for *_, part in self.parts)
-
-    def _find(self, i):
-        for name, column, part in self.parts:
-            if i < len(part):
-                return name, column, part, i
-            i -= len(part)
+        return len(self.rows if self.items is None else self.items)
 
     def name(self, i):
-        split, _, _, row = self._find(i)
-        return f'row {row} of {split}'
+        return f'row {i} of {self.split}' if self.items is None else 'row {} of {}, item {}'.format(self.items[i][0], self.split, self.items[i][1])
 
-    def rgb(self, i, size):
-        _, column, part, row = self._find(i)
-        image = part[row][column]
-        if isinstance(image, dict):
-            image = image['bytes'] if image['bytes'] is not None else image['path']
-        if image is None:
-            raise ValueError('empty cell')
-        return extras.load_rgb(io.BytesIO(image) if isinstance(image, bytes) else image, size)
+    def picture(self, i):
+        row, item = (i, 0) if self.items is None else self.items[i]
+        return to_picture(items(self.rows[row].column(0)[0].as_py())[item])
 
 
-def image_column(features):
-    """The first column that holds images: by type Image, else {bytes, path} or plain bytes, as older files have it. Raises UserError."""
-    import datasets
-    binary = [datasets.Value('binary'), datasets.Value('large_binary')]
-    for fits in (lambda f: isinstance(f, datasets.Image),
-                 lambda f: isinstance(f, dict) and f.get('bytes') in binary and 'path' in f,
-                 lambda f: f in binary):
-        for column, feature in features.items():
-            if fits(feature):
-                return column
-    raise UserError(f'no column of images among {list(features)}: a column has to be of the type Image, or to hold the bytes of image files')
+def items(cell):
+    """A cell of a table -> the list of pictures in it: a list of files is one already, but lists of numbers are pixels."""
+    return cell if isinstance(cell, list) and cell and all(item is None or isinstance(item, (dict, bytes)) for item in cell) else [cell]
+
+
+def to_picture(item):
+    """Bytes, {bytes, path} as Hub data sets have it, or nested lists of pixels -> what extras.load_rgb reads. Raises ValueError."""
+    if isinstance(item, dict):
+        item = item.get('bytes') or item.get('path')
+        if isinstance(item, str):
+            return item
+    if not item:
+        raise ValueError('empty cell')
+    if isinstance(item, bytes):
+        return io.BytesIO(item)
+    pixels = np.squeeze(item)  # (h, w), (h, w, 3) or (3, h, w)
+    if isinstance(item, str) or pixels.dtype.kind not in 'biuf' or pixels.ndim not in (2, 3):
+        raise ValueError('no picture')
+    if pixels.ndim == 3 and pixels.shape[0] in (3, 4) and pixels.shape[2] not in (3, 4):
+        pixels = np.moveaxis(pixels, 0, -1)
+    return Image.fromarray(pixels.astype(np.uint8) if pixels.dtype.kind in 'iu' and pixels.max() < 256 else extras.to_levels(pixels))
+
+
+class Prepared:
+    """One split of a data set that this program has made."""
+
+    def __init__(self, folder, split):
+        self.folder, self.split, self.meta = folder, split, extras.load_meta(folder)
+
+    def __len__(self):
+        return self.meta[f'{self.split}_images']
+
+    def name(self, i):
+        return f'image {i} of {self.folder}/{self.split}.bin'
+
+    def picture(self, i):  # opened anew, so that a worker gets a few words instead of the whole file
+        tokens = extras.load_tokens(self.folder, self.split, self.meta)[i]
+        return Image.fromarray(extras.unpack_rgb(tokens.reshape(self.meta['height'], self.meta['width'])))
 
 
 class Synthetic:
     """Procedural landscapes; number i depends on (seed, i) alone."""
 
-    def __init__(self, count, seed):
-        self.count, self.seed, self.ignored = count, seed, []
+    def __init__(self, count, seed, size):
+        self.count, self.seed, self.size, self.split = count, seed, size, None
 
     def __len__(self):
         return self.count
@@ -117,39 +125,155 @@ class Synthetic:
     def name(self, i):
         return f'landscape {i}'
 
-    def rgb(self, i, size):
-        return draw_landscape(np.random.default_rng([self.seed, i]), size)
+    def picture(self, i):
+        return Image.fromarray(draw_landscape(np.random.default_rng([self.seed, i]), self.size))
 
 
-def open_source(args, cache_dir):
-    """args.source -> Folder, Table or Synthetic. Raises UserError."""
-    source = args.source
-    if source == 'synthetic':
-        return Synthetic(args.num_images or 10_000, args.seed)
-    shards = (sorted(glob.glob(source)) or [source]) if source.endswith('.parquet') else []
-    if os.path.isdir(source):
-        folder = Folder(source)
-        shards = [os.path.join(source, p) for p in sorted(folder.ignored) if p.endswith('.parquet')]
-        if len(folder) or not shards:
-            return folder
-    if not shards and (os.path.exists(source) or source.count('/') > 1 or source.startswith(('.', '~'))):
-        raise UserError(f'--source {source} is no folder and no .parquet file: give one of these, a Hub id like owner/name, or synthetic')
-    for s in shards:
-        if not os.path.isfile(s):
-            raise UserError(f'--source {source}: there is no file {s}')
+def open_sources(texts, args, cache_dir):
+    """What was typed after --source or --val_source -> list of sources. Raises UserError."""
+    sources, files = [], []
+    for text in texts:
+        paths = [text] if os.path.exists(text) else sorted(glob.glob(text, recursive=True))
+        if text == 'synthetic':
+            sources.append(Synthetic(args.num_images or 10_000, args.seed, max(args.size)))
+        elif paths:
+            for path in paths:
+                if os.path.isdir(path):
+                    sources += open_folder(path, args, cache_dir)
+                else:
+                    files.append(path)
+        elif re.fullmatch(r'[\w.-]+(/[\w.-]+)?', text) and not text.startswith('.') and not text.lower().endswith('.parquet'):
+            sources += open_tables(text, args)
+        else:
+            raise UserError(f'there is no file or folder {text}: give one, a Hub id like owner/name, or synthetic')
+    pictures, shards, others = sort_files(files)
+    say_unused(others, 'no pictures')
+    return sources + ([Files(pictures)] if pictures else []) + (open_tables('parquet', args, shards, cache_dir) if shards else [])
+
+
+def open_folder(folder, args, cache_dir):
+    """A folder of pictures or parquet files, a data set cloned from the Hub, or one that this program has made -> list of sources."""
+    pictures, shards, others = sort_files(find_files(folder))
+    if not pictures and not shards and os.path.exists(os.path.join(folder, 'meta.pkl')):
+        return [Prepared(folder, split) for split in ('train', 'val')]
+    tables = []
+    if shards and (args.config or has_configurations(folder)):
+        tables = open_tables(folder, args, cache_dir=cache_dir)
+    elif shards:
+        tables = open_tables('parquet', args, shards, cache_dir, required=not pictures)
+    if tables:
+        say_unused(pictures, 'beside parquet files')
+    else:
+        others += shards
+    say_unused(others, 'no pictures')
+    return tables or [Files(pictures)]
+
+
+def find_files(root):
+    """-> the paths of all files below a folder but hidden ones and those that this program wrote. Linked folders are followed, each once."""
+    paths, seen, home = [], set(), os.path.realpath(root)
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen or home.startswith(os.path.join(real, '')):  # seen, or above the root
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith('.'))
+        ours = WRITTEN if WRITTEN <= set(names) else ()
+        paths += [os.path.join(folder, name) for name in sorted(names) if not name.startswith('.') and name not in ours]
+    return paths
+
+
+def sort_files(paths):
+    """-> (pictures, parquet files, others). What is neither a file nor a dead link, as a pipe, is never opened."""
+    pictures, shards, others = [], [], []
+    for path in paths:
+        if not os.path.isfile(path) and os.path.exists(path):
+            others.append(path)
+        elif path.lower().endswith('.parquet'):
+            shards.append(path)
+        else:
+            (pictures if extras.is_picture(path) else others).append(path)
+    return pictures, shards, others
+
+
+def say_unused(paths, why):
+    if paths:
+        same = os.path.join(glob.escape(os.path.dirname(paths[0])), '*' + os.path.splitext(paths[0])[1])
+        print(f"not used: {len(paths):,} file{'s' * (len(paths) > 1)} ({why}), e.g. {paths[0]}" + ('' if why == 'no pictures' else f'; for those  --source {shlex.quote(same)}'))
+
+
+def has_configurations(folder):
+    """Whether the card of a data set, its README.md, says which of its files belong together."""
+    try:
+        with open(os.path.join(folder, 'README.md'), errors='replace') as f:
+            return re.match(r'---\n(.*\n)*?configs:', f.read(100_000)) is not None
+    except OSError:
+        return False
+
+
+def open_tables(name, args, shards=None, cache_dir=None, required=True):
+    """What datasets.load_dataset finds -> a Table for each split; none if no column holds pictures, unless required. Raises UserError."""
     try:
         import datasets
+        import pyarrow.parquet
     except ImportError as e:  # missing, or its pyarrow and the installed NumPy do not fit each other
         raise UserError(f'cannot import datasets ({e}): install versions that fit, or use a folder of pictures') from None
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said below, once
+    files, links = {}, tempfile.mkdtemp(dir=cache_dir) if shards else None
+    for i, shard in enumerate(shards or ()):
+        try:
+            with open(shard, 'rb') as f:
+                pyarrow.parquet.read_metadata(f)
+        except Exception as e:
+            raise UserError(f'{shard} is no whole parquet file ({extras.brief(e, 60)}): get it again (git lfs pull, in a clone), or move it away') from None
+        split = re.search(r'(?<![a-z])(train|validation|valid|val|dev|test|eval)(?![a-z])', os.path.basename(shard).lower())
+        plain = glob.escape(shard)  # load_dataset knows more signs than glob does: where links can be made, it gets plain names
+        with contextlib.suppress(OSError):
+            os.symlink(os.path.abspath(shard), os.path.join(links, f'{i}.parquet'))
+            plain = os.path.join(links, f'{i}.parquet')
+        files.setdefault(split.group() if split else 'rows', []).append(plain)
     try:
-        if shards:
-            return Table(datasets.load_dataset('parquet', data_files={'rows': shards}, cache_dir=cache_dir))
-        return Table(datasets.load_dataset(source))
-    except UserError:
-        raise
+        splits = datasets.load_dataset(name, None if shards else args.config, data_files=files or None, cache_dir=cache_dir)
     except Exception as e:  # the network, the Hub, a damaged file: all come from below with their own classes
-        raise UserError(f'cannot load {source} ({extras.brief(e)}): check the name' + ('' if shards else ' and the network, or try --source synthetic')) from None
+        names = []
+        if 'onfig' in str(e) and not shards:
+            with contextlib.suppress(Exception):
+                names = datasets.get_dataset_config_names(name)
+        raise UserError(f'{name}: choose one of its configurations, --config ' + ', '.join(names) if names else
+                        f"cannot load {name} ({extras.brief(e)}): check the name{'' if cache_dir else ' and the network, or try --source synthetic'}") from None
+    splits = {split: splits[split] for split in sorted(splits) if len(splits[split])}
+    column = args.column or choose_column(splits, name if not shards else shards[0])
+    there = sorted({c for rows in splits.values() for c in rows.column_names})
+    if column and column not in there:
+        raise UserError(f"--column={column}: there is {', '.join(there)}")
+    if not column and required:
+        raise UserError(f"no column of images among {there}: a column has to hold image files, or pixels" +
+                        ('; what stands behind addresses has to be fetched first' if 'url' in str(there).lower() else ''))
+    return [Table(split, rows, column) for split, rows in splits.items() if column in rows.column_names]
+
+
+def some_rows(rows):
+    """A few rows of a datasets.Dataset, from its first to its last -> Arrow table."""
+    return rows.with_format('arrow')[np.unique(np.linspace(0, len(rows) - 1, 8).astype(int)).tolist()]
+
+
+def choose_column(splits, name):
+    """-> the first column whose pictures have at least half as many colours as any other's, so that no mask is taken; None without pictures."""
+    import datasets
+    colours = {}
+    for rows in splits.values():
+        for column, cells in zip(rows.column_names, some_rows(rows).columns):
+            for item in (item for cell in cells.to_pylist() for item in items(cell)):
+                with contextlib.suppress(Exception):  # no picture can raise nearly anything
+                    colours[column] = colours.get(column, 0) + len(np.unique(extras.pack_rgb(extras.load_rgb(to_picture(item), 32))))
+            if isinstance(rows.features[column], datasets.Image):
+                colours.setdefault(column, 0)  # perhaps all damaged: to be named
+    taken = next((column for column in colours if colours[column] >= max(colours.values()) / 2), None)
+    if len(colours) > 1:
+        print(f"{name}: the pictures of the column {taken}; for others  --column {' or '.join(c for c in colours if c != taken)}")
+    return taken
+
 
 # -----------------------------------------------------------------------------
 # synthetic landscapes
@@ -298,18 +422,25 @@ def draw_landscape(rng, size):
     return ((picture[:, 0, :, 0] + picture[:, 0, :, 1] + picture[:, 1, :, 0] + picture[:, 1, :, 1] + 2) >> 2).astype(np.uint8)
 
 # -----------------------------------------------------------------------------
-# from a source to files
+# from sources to files
 
-def read(source, size, indices):
-    """What a worker does with a few pictures: [(index, its tokens as bytes, None) or (index, None, why it cannot be read)]."""
+def locate(sources, i):
+    """Number i of all pictures -> its source and its number there."""
+    for source in sources:
+        if i < len(source):
+            return source, i
+        i -= len(source)
+
+
+def read(sources, size, indices):
+    """What a worker does with a few pictures: [(index, its tokens as bytes, None) or (index, None, which cannot be read and why)]."""
     rows = []
     for i in indices:
+        source, k = locate(sources, i)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore')  # Pillow's grumbling about odd EXIF; what it cannot read raises
-                rows.append((i, extras.pack_rgb(source.rgb(i, size)).astype('<u2').tobytes(), None))
+            rows.append((i, extras.pack_rgb(extras.load_rgb(source.picture(k), size)).astype('<u2').tobytes(), None))
         except Exception as e:  # a damaged file can raise nearly anything
-            rows.append((i, None, f'{type(e).__name__}: {extras.brief(e)}'))
+            rows.append((i, None, f'{source.name(k)} ({type(e).__name__}: {extras.brief(e)})'))
     return rows
 
 
@@ -321,14 +452,20 @@ def follow_parent(_):
     threading.Thread(target=wait, daemon=True).start()
 
 
-def split_order(keys, val_fraction):
+def split_order(keys, val_fraction, held_out=None):
     """(n,) uint64 keys, equal for equal images -> (train, val) indices, each in the order of the keys.
 
     The keys are hashes of pixels and seed: an order as good as random that depends neither on names nor on the machine.
     Equal images are neighbours in it, and the cut between the two sides moves until it separates none of them.
+    If held_out, (n,) bool, names the validation images, images equal to one of them are on neither side.
     """
     order = np.argsort(keys, kind='stable')
     ranked = keys[order]
+    if held_out is not None:
+        train, val = order[~np.isin(ranked, keys[held_out])], order[held_out[order]]
+        if not len(train) or not len(val):
+            raise UserError('no usable image ' + ('in --val_source' if not len(val) else 'in --source that is not in --val_source too'))
+        return train, val
     cuts = np.flatnonzero(ranked[1:] != ranked[:-1]) + 1  # where the next image is another one
     if not len(cuts):
         raise UserError('all usable images are the same picture: training and validation need at least two different ones')
@@ -336,35 +473,43 @@ def split_order(keys, val_fraction):
     return order[cut:], order[:cut]
 
 
-def write_dataset(source, args, staging):
-    """Read every picture of source with all workers; write train.bin, val.bin, meta.pkl, preview.png into staging.
+def write_dataset(sources, val_sources, args, staging):
+    """Read every picture with all workers; write train.bin, val.bin, meta.pkl, preview.png into staging.
 
-    Memory stays constant: rows go to a scratch file as they come, in the order of the source, and are copied from there
-    in the order of the split; only a key of 64 bits is kept of each. Returns (meta, names of unreadable pictures with
-    the reasons, (lowest, highest) token).
+    Memory stays constant: rows go to a scratch file as they come, in the order of the sources, and are copied from there
+    in the order of the split; only a key of 64 bits is kept of each. Returns (meta, what could not be read and why,
+    (lowest, highest) token).
     """
-    count = min(len(source), args.num_images or len(source))
-    row = 2 * args.size * args.size  # bytes of one image
-    loader = DataLoader(range(count), batch_size=16, collate_fn=functools.partial(read, source, args.size),
-                        num_workers=min(args.workers, count), worker_init_fn=follow_parent)
-    keys, skipped = bytearray(), []
+    total, val_total = sum(map(len, sources)), sum(map(len, val_sources))
+    picked = np.arange(total)
+    if 0 < args.num_images < total:
+        picked = np.sort(np.random.default_rng(args.seed).permutation(total)[:args.num_images])
+        print(f'{args.num_images:,} of {total:,} images, picked at random by --seed')
+    picked = [*picked.tolist(), *range(total, total + val_total)]
+    width, height = args.size
+    row = 2 * width * height  # bytes of one image
+    loader = DataLoader(picked, batch_size=16, collate_fn=functools.partial(read, [*sources, *val_sources], args.size),
+                        num_workers=min(args.workers, len(picked)), worker_init_fn=follow_parent)
+    keys, held_out, skipped = bytearray(), bytearray(), []
     with open(os.path.join(staging, 'rows'), 'w+b') as rows:
-        with tqdm(total=count, unit='image', desc='reading') as bar:
+        with tqdm(total=len(picked), unit='image', desc='reading') as bar:
             for batch in loader:
-                for i, tokens, reason in batch:
+                for i, tokens, unreadable in batch:
                     if tokens is None:
-                        skipped.append(f'{source.name(i)} ({reason})')
+                        skipped.append(unreadable)
                     else:
                         rows.write(tokens)
                         keys += hashlib.blake2b(tokens, digest_size=8, salt=args.seed.to_bytes(8, 'little')).digest()
+                        held_out.append(i >= total)
                 bar.update(len(batch))
+        named = ' '.join(map(shlex.quote, args.source)) if len(args.source) > 1 else args.source[0]
         if not keys:
-            raise UserError(f'no usable image in {args.source}' + (f': {len(skipped)} could not be read, e.g. {skipped[0]}' if skipped else
-                            f': it holds no {", ".join(ENDINGS)}'))
-        meta = dict(vocab_size=extras.VOCAB_SIZE, height=args.size, width=args.size, tokens_per_image=args.size * args.size,
-                    bits_per_channel=4, order='raster', source=args.source)
+            raise UserError(f'no usable image in {named}: ' + (f'{len(skipped)} could not be read, e.g. {skipped[0]}' if skipped else 'it holds no pictures'))
+        meta = dict(vocab_size=extras.VOCAB_SIZE, height=height, width=width, tokens_per_image=width * height,
+                    bits_per_channel=4, order='raster', source=named)
         low, high = extras.VOCAB_SIZE, 0
-        for split, order in zip(('train', 'val'), split_order(np.frombuffer(keys, '<u8'), args.val_fraction)):
+        orders = split_order(np.frombuffer(keys, '<u8'), args.val_fraction, np.frombuffer(held_out, bool) if val_sources else None)
+        for split, order in zip(('train', 'val'), orders):
             meta[f'{split}_images'] = len(order)
             with open(os.path.join(staging, f'{split}.bin'), 'wb') as f:
                 for i in tqdm(order.tolist(), unit='image', desc=f'writing {split}.bin'):
@@ -376,8 +521,11 @@ def write_dataset(source, args, staging):
     os.remove(os.path.join(staging, 'rows'))
     with open(os.path.join(staging, 'meta.pkl'), 'wb') as f:
         pickle.dump(meta, f, protocol=4)
-    first = extras.load_tokens(staging, 'train', meta)[:64].reshape(-1, args.size, args.size)
+    first = extras.load_tokens(staging, 'train', meta)[:64].reshape(-1, height, width)
     extras.save_picture(extras.sheet([extras.to_image(tokens) for tokens in first]), os.path.join(staging, 'preview.png'))
+    equal = len(held_out) - meta['train_images'] - meta['val_images']
+    if equal:
+        print(f'{equal:,} images of --source stand in --val_source too: they are not trained on')
     return meta, skipped, (low, high)
 
 
@@ -393,39 +541,54 @@ def publish(staging, out_dir):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
 
 
+def image_size(text):
+    """'64' or '96x64' -> (width, height)."""
+    numbers = re.fullmatch(r'(\d+)(?:x(\d+))?', text.lower())
+    size = tuple(int(n or numbers[1]) for n in numbers.groups()) if numbers else (0, 0)
+    if not 2 <= min(size) <= max(size) <= 1024:
+        raise argparse.ArgumentTypeError(f'{text}: write one number for squares, or width x height as in 96x64, from 2 to 1024')
+    return size
+
+
 def main(argv=None):
     parser = extras.Parser(description='Turn pictures into 12-bit colour tokens.')
-    parser.add_argument('--source', default='ferrariedhgs/Nature-Landscape', help='Hub id, folder of pictures, .parquet files, or synthetic')
+    parser.add_argument('--source', nargs='+', default=['ferrariedhgs/Nature-Landscape'],
+                        help='one or more of: a Hub id, a folder of pictures or one that prepare.py has made, files (pictures, parquet), synthetic')
+    parser.add_argument('--val_source', nargs='+', default=[], help='the validation images: as --source, or the name of a split of it')
+    parser.add_argument('--column', help='the column of pictures in a table (chosen by what is in it)')
+    parser.add_argument('--config', help='the configuration of a Hub data set that has several')
     parser.add_argument('--out_dir', default=os.path.join(extras.ROOT, 'data', 'landscape'), help='where train.bin, val.bin, meta.pkl and preview.png go')
-    parser.add_argument('--size', type=int, default=64, help='height and width in pixels')
-    parser.add_argument('--val_fraction', type=float, default=0.1, help='share of the images kept for validation')
+    parser.add_argument('--size', type=image_size, default=(64, 64), help='width x height in pixels, as in 96x64, or one number for squares (64)')
+    parser.add_argument('--val_fraction', type=float, default=0.1, help='share of the images kept for validation, without --val_source')
     parser.add_argument('--seed', type=int, default=1337, help='decides the split and the order, and the synthetic landscapes')
-    parser.add_argument('--num_images', type=int, default=0, help='use only so many images (0: all; 10,000 if synthetic)')
+    parser.add_argument('--num_images', type=int, default=0, help='use only so many images of --source, picked at random (0: all; 10,000 if synthetic)')
     parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes that decode; the result does not depend on it')
     args = parser.parse_args(argv)
-    extras.check_values(args, size=('from 2 to 1024', 2 <= args.size <= 1024), val_fraction=('between 0 and 1', 0 < args.val_fraction < 1),
+    extras.check_values(args, val_fraction=('between 0 and 1', 0 < args.val_fraction < 1),
                         seed=('from 0 to 2 ** 63 - 1', 0 <= args.seed < 2 ** 63), num_images=('0 or more', args.num_images >= 0), workers=('0 or more', args.workers >= 0))
-    extras.make_folder(args.out_dir)
-    staging = os.path.join(args.out_dir, '.partial')
-    shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
-    os.mkdir(staging)
-    try:
-        source = open_source(args, staging)
+    with extras.locked(args.out_dir), extras.room_in(args.out_dir):
+        staging = os.path.join(args.out_dir, '.partial')
+        shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+        os.mkdir(staging)
         try:
-            meta, skipped, (low, high) = write_dataset(source, args, staging)
-        except RuntimeError as e:  # of the DataLoader: the system has killed a worker
-            raise UserError(f'{extras.brief(e)}: if memory ran out, try --workers 1') from None
-        publish(staging, args.out_dir)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            sources = open_sources(args.source, args, staging)
+            val_sources = [source for source in sources if source.split and source.split in args.val_source]
+            sources = [source for source in sources if source not in val_sources]
+            others = open_sources([text for text in args.val_source if text not in {source.split for source in val_sources}], args, staging)
+            val_sources += [source for source in others if not (isinstance(source, Prepared) and source.split == 'train')]
+            try:
+                meta, skipped, (low, high) = write_dataset(sources, val_sources, args, staging)
+            except RuntimeError as e:  # of the DataLoader: the system has killed a worker
+                raise UserError(f'{extras.brief(e)}: if memory ran out, try --workers 1') from None
+            publish(staging, args.out_dir)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
     for name in skipped:
         print(f'skipped {name}')
-    if source.ignored:
-        print(f'ignored {len(source.ignored):,} files that are no pictures by their names, e.g. {source.ignored[0]}')
-    print(f"{meta['train_images'] + meta['val_images']:,} images of {args.size}x{args.size}: {meta['train_images']:,} for training, "
+    print(f"{meta['train_images'] + meta['val_images']:,} images of {meta['width']}x{meta['height']}: {meta['train_images']:,} for training, "
           f"{meta['val_images']:,} for validation; {len(skipped):,} unreadable ones skipped")
-    print(f'tokens from 0x{low:03x} to 0x{high:03x} of 0x000 to 0xfff, {args.size * args.size:,} an image')
+    print(f"tokens from 0x{low:03x} to 0x{high:03x} of 0x000 to 0xfff, {meta['tokens_per_image']:,} an image")
     print(f"wrote train.bin, val.bin, meta.pkl to {args.out_dir}; look at {os.path.join(args.out_dir, 'preview.png')}")
 
 

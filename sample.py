@@ -21,7 +21,7 @@ GREY = 0x666  # of what is not painted yet
 
 
 def read_picture(path, size):
-    """The picture at path -> its tokens (size * size,). Raises UserError."""
+    """The picture at path -> its tokens (height * width,); size is (width, height). Raises UserError."""
     try:
         return extras.pack_rgb(extras.load_rgb(path, size)).reshape(-1).astype(np.int64)
     except FileNotFoundError:
@@ -101,7 +101,7 @@ def main(argv=None):
     if args.image:
         rows = height // 2 if args.rows is None else args.rows
         extras.check_values(args, rows=(f'from 1 to {height - 1}: how many of the {height} rows to keep', 0 < rows < height))
-        original = read_picture(args.image, height)
+        original = read_picture(args.image, (width, height))
         prompt = original[:rows * width]
         whole = original, len(prompt)
     else:

@@ -329,7 +329,7 @@ def main(argv=None):
     positions = sum(p.numel() for p in raw_model.parameters()) - raw_model.num_params()
     say(f"{raw_model.num_params() / 1e6:.2f}M parameters (and {positions / 1e6:.2f}M for positions) on {world_size} x {device}, "
         f"{str(dtype).removeprefix('torch.')}{', compiled' if compile_it else ''}")
-    say(f"{len(train_data):,} training and {len(val_data):,} validation images of {meta['height']}x{meta['width']} from {config.data_dir}; "
+    say(f"{len(train_data):,} training and {len(val_data):,} validation images of {meta['width']}x{meta['height']} from {config.data_dir}; "
         f"{config.max_iters:,} iterations of {config.batch_size} images are {config.max_iters * config.batch_size / len(train_data):.2f} epochs")
     wandb = start_wandb(config) if master and config.wandb_log else None
     if master:

@@ -25,11 +25,11 @@ import prepare  # noqa: E402
 def draw_large_jpegs(folder, count, width=4000, height=3000):
     """Camera-sized JPEGs: enlarged synthetic landscapes with grain, about 3 MB each."""
     folder.mkdir()
-    source = prepare.Synthetic(count, seed=1)
+    source = prepare.Synthetic(count, seed=1, size=64)
     rng = np.random.default_rng(1)
     grain = rng.normal(0, 8, (height, width, 1))
     for i in range(count):
-        image = np.asarray(Image.fromarray(source.rgb(i, 64)).resize((width, height), Image.Resampling.BICUBIC))
+        image = np.asarray(source.picture(i).resize((width, height), Image.Resampling.BICUBIC))
         image = image + np.roll(grain, i * 101, axis=1)
         Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / f'{i}.jpg', quality=92)
     return folder

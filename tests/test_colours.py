@@ -1,8 +1,12 @@
 """Colours, pictures, and reading any picture file upright and in its right colours."""
+import contextlib
+import struct
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 import extras
 from conftest import SHARED
@@ -200,3 +204,64 @@ def test_a_ramp_is_a_ramp_whatever_its_range_and_holes(tmp_path, top, kind):
     Image.fromarray(ramp).save(tmp_path / 'a.tiff')
     grey = extras.load_rgb(tmp_path / 'a.tiff', 16)[..., 0]
     assert grey[0, 5] < 16 and grey[-1, -1] > 239
+
+
+def test_long_texts_and_profiles_cost_no_pixels(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text('parameters', 'x' * 2_000_000, zip=True)
+    solid('RGB', (255, 0, 0)).save(tmp_path / 'text.png', pnginfo=text)
+    solid('RGB', (255, 0, 0)).save(tmp_path / 'profile.png', icc_profile=bytes(2_000_000))
+    text = PngImagePlugin.PngInfo()
+    text.add_text('Raw profile type exif', '\nexif\n      9\nzz not hexadecimal\n')
+    solid('RGB', (255, 0, 0)).save(tmp_path / 'exif.png', pnginfo=text)
+    for name in ('text', 'profile', 'exif'):
+        assert (extras.load_rgb(tmp_path / f'{name}.png', 8) == (255, 0, 0)).all()
+
+
+def test_a_photograph_of_200_megapixels_is_read_and_a_bomb_is_not(tmp_path):
+    Image.new('L', (16320, 12240), 90).save(tmp_path / 'phone.jpg', quality=50)
+    tracemalloc.start()
+    assert np.abs(extras.load_rgb(tmp_path / 'phone.jpg', 64).astype(int) - 90).max() <= 1
+    assert tracemalloc.get_traced_memory()[1] < 2 ** 26
+    Image.new('1', (20000, 20000)).save(tmp_path / 'bomb.png')  # 50 kB that would be 400 MB
+    with pytest.raises(Image.DecompressionBombError):
+        extras.load_rgb(tmp_path / 'bomb.png', 64)
+
+
+def test_the_transparent_value_of_16_bit_grey(tmp_path):
+    values = np.full((30, 40), 0x4000, np.uint16)
+    values[0] = 0xFFFF
+    values[:, 20:] = 0x1234
+    Image.fromarray(values).save(tmp_path / 'a.png', transparency=0x1234)
+    with Image.open(tmp_path / 'a.png') as image:
+        assert image.mode.startswith('I') and image.info['transparency'] == 0x1234
+    grey = extras.load_rgb(tmp_path / 'a.png', 30)[..., 0]
+    assert (grey[8:, 18:] == 255).all() and (np.abs(grey[8:, :12].astype(int) - 0x40) <= 1).all()
+
+
+def test_a_grey_profile_is_followed(tmp_path):
+    # the smallest profile there is: grey of gamma 1.0, whose 128 of 255 is 188 in sRGB
+    tags = [(b'wtpt', b'XYZ \0\0\0\0' + struct.pack('>3i', 63190, 65536, 54061)), (b'kTRC', b'curv\0\0\0\0' + struct.pack('>IHxx', 1, 256))]
+    table, body = struct.pack('>I', len(tags)), b''
+    for name, data in tags:
+        table += name + struct.pack('>II', 128 + 4 + 12 * len(tags) + len(body), len(data))
+        body += data
+    header = bytearray(128)
+    header[8:12], header[12:24], header[36:40], header[68:80] = b'\2\x10\0\0', b'mntrGRAYXYZ ', b'acsp', struct.pack('>3i', 63190, 65536, 54061)
+    header[:4] = struct.pack('>I', 128 + len(table) + len(body))
+    solid('L', 128).save(tmp_path / 'a.png', icc_profile=bytes(header) + table + body)
+    assert np.abs(extras.load_rgb(tmp_path / 'a.png', 8).astype(int) - 188).max() <= 1
+
+
+def test_libtiff_does_not_talk(tmp_path, capfd):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8))
+    noise.save(tmp_path / 'a.tiff', compression='tiff_lzw')
+    data = bytearray((tmp_path / 'a.tiff').read_bytes())
+    data[2000:2400] = bytes(400)  # damaged strips
+    (tmp_path / 'a.tiff').write_bytes(data)
+    with Image.open(tmp_path / 'a.tiff') as image, contextlib.suppress(OSError):
+        image.load()
+    assert capfd.readouterr().err  # it does, left to itself
+    with contextlib.suppress(OSError):
+        extras.load_rgb(tmp_path / 'a.tiff', 8)
+    assert not capfd.readouterr().err

@@ -35,8 +35,8 @@ def small(kind='plain', tokens=TOKENS, seed=0, std=None, **kwargs):
 
 
 def images(count, side=SIDE, seed=0):
-    source = prepare.Synthetic(count, seed)
-    return torch.from_numpy(np.stack([extras.pack_rgb(source.rgb(i, side)).reshape(-1) for i in range(count)]).astype(np.int64))
+    source = prepare.Synthetic(count, seed, side)
+    return torch.from_numpy(np.stack([extras.pack_rgb(source.picture(i)).reshape(-1) for i in range(count)]).astype(np.int64))
 
 
 # -----------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import signal
 import struct
 import subprocess
@@ -33,23 +34,23 @@ def pictures(tmp_path_factory):
     """A folder of 30 different pictures in several formats, two levels deep."""
     folder = tmp_path_factory.mktemp('pictures')
     (folder / 'deep' / 'er').mkdir(parents=True)
-    source = prepare.Synthetic(30, seed=5)
+    source = prepare.Synthetic(30, seed=5, size=48)
     for i in range(30):
         name = ['{}.png', 'deep/{}.JPG', 'deep/er/{}.webp', '{}.bmp', 'deep/{}.tif', '{}.gif'][i % 6].format(i)
-        Image.fromarray(source.rgb(i, 48)).save(folder / name)
+        source.picture(i).save(folder / name)
     return folder
 
 
 def test_synthetic_landscapes_are_the_same_on_every_machine():
     # the benchmark of this project: whoever draws it has these bytes. Not to be changed without changing its name
-    drawn = np.stack([prepare.Synthetic(24, 1337).rgb(i, 64) for i in range(24)])
+    drawn = np.stack([prepare.Synthetic(24, 1337, 64).picture(i) for i in range(24)])
     assert hashlib.sha256(extras.pack_rgb(drawn).astype('<u2').tobytes()).hexdigest() == '9397c22ef465c3303fbb899776179c7ef186414c491176aa0ebc36f91b26e799'
-    drawn = np.stack([prepare.Synthetic(24, 7).rgb(i, 32) for i in range(24)])
+    drawn = np.stack([prepare.Synthetic(24, 7, 32).picture(i) for i in range(24)])
     assert hashlib.sha256(extras.pack_rgb(drawn).astype('<u2').tobytes()).hexdigest() == '17f2c6f5a193d1164ca12eac1c3c1f7f53f8af8a7e0e385d7582b3cccb6a255a'
 
 
 def test_synthetic_landscapes_have_sky_above_and_differ():
-    drawn = np.stack([prepare.Synthetic(200, 1).rgb(i, 32) for i in range(200)]).astype(int)
+    drawn = np.stack([prepare.Synthetic(200, 1, 32).picture(i) for i in range(200)]).astype(int)
     assert len({d.tobytes() for d in drawn}) == 200
     upper, lower = drawn[:, :8].mean((1, 2, 3)), drawn[:, -8:].mean((1, 2, 3))
     assert (upper > lower).mean() > 0.7  # land is darker than sky, but for snow, sand and water
@@ -66,7 +67,7 @@ def test_the_synthetic_set_is_pinned_as_a_file(tmp_path):
 def test_formats(pictures, tmp_path):
     out = call('prepare.py', '--source', pictures, '--size', 24, '--out_dir', tmp_path / 'a' / 'b', '--val_fraction', 0.2)
     folder = tmp_path / 'a' / 'b'
-    assert sorted(os.listdir(folder)) == ['meta.pkl', 'preview.png', 'train.bin', 'val.bin']
+    assert sorted(os.listdir(folder)) == ['.lock', 'meta.pkl', 'preview.png', 'train.bin', 'val.bin']
     assert pickle.loads((folder / 'meta.pkl').read_bytes()) == dict(
         vocab_size=4096, height=24, width=24, tokens_per_image=576, bits_per_channel=4, order='raster',
         train_images=24, val_images=6, source=str(pictures))
@@ -77,8 +78,7 @@ def test_formats(pictures, tmp_path):
         assert (extras.pack_rgb(np.asarray(page)[2:26, 2:26]).reshape(-1) == train[0]).all()
     # every picture of the source is there, once
     ours = sorted(row.tobytes() for split in ('train', 'val') for row in rows(folder, split))
-    source = prepare.Folder(str(pictures))
-    assert ours == sorted(extras.pack_rgb(source.rgb(i, 24)).astype('<u2').tobytes() for i in range(30))
+    assert ours == sorted(extras.pack_rgb(extras.load_rgb(path, 24)).astype('<u2').tobytes() for path in prepare.find_files(str(pictures)))
 
 
 def test_the_same_bytes_from_any_number_of_workers(pictures, tmp_path):
@@ -127,7 +127,7 @@ def test_a_folder_of_bad_files(pictures, tmp_path):
     for path in good:
         (folder / path.name).write_bytes(path.read_bytes())
     jpeg = io.BytesIO()
-    Image.fromarray(prepare.Synthetic(1, 0).rgb(0, 300)).save(jpeg, 'jpeg')
+    prepare.Synthetic(1, 0, 300).picture(0).save(jpeg, 'jpeg')
     bad = ['truncated.jpg', 'truncated.png', 'empty.png', 'corrupt.jpg', 'text.jpg', 'bomb.png', 'link.png']
     (folder / 'truncated.jpg').write_bytes(jpeg.getvalue()[:len(jpeg.getvalue()) // 2])
     (folder / 'truncated.png').write_bytes(good[0].read_bytes()[:400])
@@ -143,7 +143,7 @@ def test_a_folder_of_bad_files(pictures, tmp_path):
     Image.new('RGB', (20000, 40), (0, 255, 255)).save(folder / 'wide.png')
     out = call('prepare.py', '--source', folder, '--size', 16, '--out_dir', tmp_path / 'out')
     for name in bad:
-        assert f'skipped {name} (' in out, name
+        assert f'skipped {folder}/{name} (' in out, name
     assert out.count('\nskipped ') == len(bad) and f'{len(bad)} unreadable' in out
     assert 'notes.txt' in out and 'hidden' not in out and 'Traceback' not in out
     tokens = {row.tobytes() for split in ('train', 'val') for row in rows(tmp_path / 'out', split)}
@@ -161,7 +161,7 @@ def test_no_usable_picture_is_an_error_and_leaves_the_old_data(pictures, tmp_pat
     (tmp_path / 'in' / 'a.png').write_bytes(b'no')
     out = call('prepare.py', '--source', tmp_path / 'in', '--out_dir', tmp_path / 'out', code=1)
     assert '1 could not be read' in out and 'a.png' in out
-    assert digests(tmp_path / 'out') == before and sorted(os.listdir(tmp_path / 'out')) == sorted(before)
+    assert digests(tmp_path / 'out') == before and sorted(os.listdir(tmp_path / 'out')) == ['.lock', *sorted(before)]
 
 
 @pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGINT])
@@ -188,8 +188,7 @@ def test_an_interrupted_run_leaves_the_old_data(pictures, tmp_path, how):
 
 @pytest.fixture(scope='module')
 def files(pictures):
-    source = prepare.Folder(str(pictures))
-    return [(name, (pictures / name).read_bytes()) for name in source.paths]
+    return [(os.path.relpath(path, pictures), (pictures / path).read_bytes()) for path in prepare.find_files(str(pictures))]
 
 
 def save_parquet(path, files, kind, column='image'):
@@ -221,21 +220,20 @@ def test_a_data_set_of_the_hubs_shape_with_odd_splits(pictures, files, tmp_path)
     save_parquet(tmp_path / 'repo' / 'data' / 'test-00000-of-00001.parquet', files[15:], 'image')
     splits = datasets.load_dataset(str(tmp_path / 'repo'), cache_dir=str(tmp_path / 'cache'))
     assert set(splits) == {'train', 'test'}
-    table = prepare.Table(splits)
-    assert len(table) == 30 and table.name(0) == 'row 0 of test' and table.name(29) == 'row 14 of train'
-    by_name = prepare.Folder(str(pictures))
-    for i, name in ((0, files[15][0]), (29, files[14][0])):
-        assert (table.rgb(i, 16) == by_name.rgb(by_name.paths.index(name), 16)).all()
+    for split, i, of in (('test', 0, 15), ('train', 14, 14)):
+        table = prepare.Table(split, splits[split], 'image')
+        assert len(table) == 15 and table.name(i) == f'row {i} of {split}'
+        assert (extras.load_rgb(table.picture(i), 16) == extras.load_rgb(pictures / files[of][0], 16)).all()
 
 
 @pytest.mark.parametrize('layout', ['imagefolder', 'parquet'])
 def test_a_repository_in_the_very_shape_of_the_default_data_set(tmp_path, layout):
     # Nature-Landscape: 512x512 PNG, the columns image and text, an image folder with metadata.jsonl; through load_dataset, as from the Hub
     import datasets
-    drawn, repo = prepare.Synthetic(4, 0), tmp_path / 'ferrariedhgs' / 'Nature-Landscape'
+    drawn, repo = prepare.Synthetic(4, 0, 512), tmp_path / 'ferrariedhgs' / 'Nature-Landscape'
     repo.mkdir(parents=True)
     for i in range(4):
-        Image.fromarray(drawn.rgb(i, 512)).save(repo / f'image_{i}.png')
+        drawn.picture(i).save(repo / f'image_{i}.png')
     (repo / 'metadata.jsonl').write_text(''.join(json.dumps({'file_name': f'image_{i}.png', 'text': 'a landscape'}) + '\n' for i in range(4)))
     (repo / 'README.md').write_text('---\nlicense: apache-2.0\n---\n# Nature-Landscape\n')
     splits = datasets.load_dataset(str(repo), cache_dir=str(tmp_path / 'cache'))
@@ -243,12 +241,13 @@ def test_a_repository_in_the_very_shape_of_the_default_data_set(tmp_path, layout
         splits['train'].to_parquet(str(tmp_path / 'converted' / 'default' / 'train' / '0000.parquet'))
         splits = datasets.load_dataset(str(tmp_path / 'converted' / 'default'), cache_dir=str(tmp_path / 'cache'))
     assert list(splits) == ['train'] and list(splits['train'].features) == ['image', 'text'] and isinstance(splits['train'].features['image'], datasets.Image)
-    table = prepare.Table(splits)
+    assert prepare.choose_column(splits, 'Nature-Landscape') == 'image'
+    table = prepare.Table('train', splits['train'], 'image')
     assert len(table) == 4
     for i in range(4):
         with Image.open(repo / f'image_{i}.png') as picture:
             expected = np.asarray(picture.resize((64, 64), Image.Resampling.LANCZOS))
-        assert (table.rgb(i, 64) == expected).all()
+        assert (extras.load_rgb(table.picture(i), 64) == expected).all()
 
 
 def test_bad_cells_of_a_table_are_named(files, tmp_path):
@@ -259,8 +258,203 @@ def test_bad_cells_of_a_table_are_named(files, tmp_path):
 
 def test_a_table_without_pictures(tmp_path):
     import datasets
-    datasets.Dataset.from_dict({'text': ['a', 'b']}).to_parquet(str(tmp_path / 'a.parquet'))
-    assert "no column of images among ['text']" in call('prepare.py', '--source', tmp_path / 'a.parquet', '--out_dir', tmp_path / 'out', code=1)
+    datasets.Dataset.from_dict({'url': [f'https://example.invalid/{i}.png' for i in range(3)], 'text': list('abc')}).to_parquet(str(tmp_path / 'a.parquet'))
+    out = call('prepare.py', '--source', tmp_path / 'a.parquet', '--out_dir', tmp_path / 'out', code=1)
+    assert "no column of images among ['text', 'url']" in out and 'addresses has to be fetched' in out
+
+
+def tokens_of(folder, split=None):
+    """All images of a data set, or those of one split -> sorted list of their tokens as bytes."""
+    return sorted(row.tobytes() for name in ([split] if split else ['train', 'val']) for row in rows(folder, name))
+
+
+def tokens_from(pictures, size=16):
+    return sorted(extras.pack_rgb(extras.load_rgb(picture, size)).reshape(-1).astype('<u2').tobytes() for picture in pictures)
+
+
+def write_table(path, columns, features=None):
+    import datasets
+    path.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_dict(columns, features=datasets.Features(features) if features else None).to_parquet(str(path))
+
+
+def flat_png(level):
+    file = io.BytesIO()
+    Image.new('L', (40, 30), level).save(file, 'png')
+    return file.getvalue()
+
+
+@pytest.mark.parametrize('first', ['mask', 'md5', 'chosen'])
+def test_the_column_is_chosen_by_what_is_in_it(pictures, files, tmp_path, first):
+    import datasets
+    count, images = 8, [{'bytes': data, 'path': None} for _, data in files[:8]]
+    before = {'mask': [{'bytes': flat_png(i % 4 * 80), 'path': None} for i in range(count)], 'md5': [hashlib.md5(data).digest() for _, data in files[:8]],
+              'chosen': [{'bytes': data, 'path': None} for _, data in files[8:16]]}[first]
+    kind = datasets.Value('binary') if first == 'md5' else datasets.Image()
+    write_table(tmp_path / 'a.parquet', {first: before, 'image': images}, {first: kind, 'image': datasets.Image()})
+    out = call('prepare.py', '--source', tmp_path / 'a.parquet', '--size', 16, '--out_dir', tmp_path / 'out')
+    expected = files[8:16] if first == 'chosen' else files[:8]  # of two columns of photographs, the first one
+    assert tokens_of(tmp_path / 'out') == tokens_from(io.BytesIO(data) for _, data in expected)
+    assert ('pictures of the column' in out) == (first != 'md5')
+    if first == 'chosen':
+        assert 'for others  --column image' in out
+        call('prepare.py', '--source', tmp_path / 'a.parquet', '--size', 16, '--out_dir', tmp_path / 'out', '--column', 'image')
+        assert tokens_of(tmp_path / 'out') == tokens_from(io.BytesIO(data) for _, data in files[:8])
+    assert f'--column=photo: there is {", ".join(sorted([first, "image"]))}' in call(
+        'prepare.py', '--source', tmp_path / 'a.parquet', '--out_dir', tmp_path / 'out', '--column', 'photo', code=1)
+
+
+@pytest.mark.parametrize('kind', ['list of images', 'list of bytes', 'pixels', 'pixels, colours first', 'Array3D'])
+def test_lists_of_images_and_lists_of_pixels(files, tmp_path, kind):
+    import datasets
+    small = [np.asarray(Image.open(io.BytesIO(data)).convert('RGB').resize((16, 16))) for _, data in files[:6]]
+    cells, feature, expected = {
+        'list of images': ([[{'bytes': data, 'path': None} for _, data in files[i:i + n]] for i, n in ((0, 3), (3, 0), (3, 2))],
+                           datasets.Sequence(datasets.Image()), [io.BytesIO(data) for _, data in files[:5]]),
+        'list of bytes': ([[data] for _, data in files[:5]], datasets.Sequence(datasets.Value('binary')), [io.BytesIO(data) for _, data in files[:5]]),
+        'pixels': ([image.tolist() for image in small], None, map(Image.fromarray, small)),
+        'pixels, colours first': ([image.transpose(2, 0, 1).tolist() for image in small], None, map(Image.fromarray, small)),
+        'Array3D': (small, datasets.Array3D((16, 16, 3), 'uint8'), map(Image.fromarray, small))}[kind]
+    write_table(tmp_path / 'a.parquet', {'x': cells, 'label': list(range(len(cells)))}, {'x': feature, 'label': datasets.Value('int64')} if feature else None)
+    call('prepare.py', '--source', tmp_path / 'a.parquet', '--size', 16, '--out_dir', tmp_path / 'out')
+    assert tokens_of(tmp_path / 'out') == tokens_from(expected)
+
+
+def test_a_clone_of_a_hub_repository(pictures, files, tmp_path):
+    repo = tmp_path / 'repo'
+    save_parquet(repo / 'data' / 'train-00000-of-00001.parquet', files[:10], 'image')
+    save_parquet(repo / 'data' / 'test-00000-of-00001.parquet', files[10:15], 'image')
+    (repo / 'README.md').write_text('---\nlicense: mit\n---\n# photographs\n')
+    (repo / 'assets').mkdir()
+    for name, data in files[20:22]:
+        (repo / 'assets' / os.path.basename(name)).write_bytes(data)
+    out = call('prepare.py', '--source', repo, '--size', 16, '--out_dir', tmp_path / 'out')
+    assert tokens_of(tmp_path / 'out') == tokens_from(io.BytesIO(data) for _, data in files[:15])
+    assert 'not used: 2 files (beside parquet files)' in out and f"--source '{repo}/assets/*." in out
+    # its splits have the names that the Hub gives them
+    call('prepare.py', '--source', repo, '--val_source', 'test', '--size', 16, '--out_dir', tmp_path / 'out')
+    assert tokens_of(tmp_path / 'out', 'val') == tokens_from(io.BytesIO(data) for _, data in files[10:15])
+    # several configurations, as its card says
+    save_parquet(repo / 'more' / 'train.parquet', files[15:20], 'image')
+    (repo / 'README.md').write_text('---\nconfigs:\n- config_name: main\n  data_files: data/*.parquet\n- config_name: more\n  data_files: more/*.parquet\n---\n')
+    assert f'{repo}: choose one of its configurations, --config main, more' in call('prepare.py', '--source', repo, '--out_dir', tmp_path / 'out', code=1)
+    call('prepare.py', '--source', repo, '--config', 'more', '--size', 16, '--out_dir', tmp_path / 'out')
+    assert tokens_of(tmp_path / 'out') == tokens_from(io.BytesIO(data) for _, data in files[15:20])
+
+
+def test_parquet_files_that_are_hard_to_name(files, tmp_path):
+    hard = os.path.join(os.fsencode(tmp_path), b'my [photos] {2024}', b'gr\xfcn :: a*b.PARQUET')
+    os.mkdir(os.path.dirname(hard))
+    save_parquet(tmp_path / 'a.parquet', files[:9], 'image')
+    os.rename(tmp_path / 'a.parquet', hard)
+    for source in (tmp_path, os.path.join(tmp_path, '*', '*.PARQUET')):
+        call('prepare.py', '--source', source, '--size', 16, '--out_dir', tmp_path / 'out')
+        assert tokens_of(tmp_path / 'out') == tokens_from(io.BytesIO(data) for _, data in files[:9])
+    os.truncate(hard, 3000)  # a broken download is never half used
+    assert 'is no whole parquet file' in call('prepare.py', '--source', tmp_path, '--size', 16, '--out_dir', tmp_path / 'out', code=1)
+
+
+# -----------------------------------------------------------------------------
+# several sources, what lies in folders, oblong pictures
+
+def test_files_are_pictures_by_content_whatever_their_names(files, tmp_path):
+    folder = tmp_path / 'in' / 'a [b] c'
+    folder.mkdir(parents=True)
+    formats = ['a.jfif JPEG', 'b.JPE JPEG', 'c.avif AVIF', 'd.jp2 JPEG2000', 'e.ppm PPM', 'f.tga TGA', 'g.apng PNG', 'noending JPEG', 'i.ico ICO', 'wrong.txt PNG']
+    for (_, data), (name, kind) in zip(files, map(str.split, formats)):
+        Image.open(io.BytesIO(data)).convert('RGB').save(folder / name, kind)
+    os.rename(folder / 'a.jfif', os.fsencode(folder) + b'/caf\xe9.jfif')
+    open(os.fsencode(folder) + b'/caf\xe9.png', 'w').write('no picture')
+    (folder / 'notes.md').write_text('words'), (folder / 'paper.pdf').write_bytes(b'%PDF-1.4'), (folder / 'noise').write_bytes(bytes(1000))
+    os.mkfifo(folder / 'pipe.png')
+    out = call('prepare.py', '--source', tmp_path / 'in', '--size', 16, '--out_dir', tmp_path / 'out')
+    assert '10 images' in out and '1 unreadable' in out and 'skipped' in out and 'not used: 4 files (no pictures)' in out
+    assert len(set(tokens_of(tmp_path / 'out'))) == 10
+
+
+def test_linked_folders_are_followed_once(pictures, files, tmp_path):
+    (tmp_path / 'up' / 'in' / 'deep').mkdir(parents=True)
+    (tmp_path / 'up' / 'secret.png').write_bytes(files[0][1])
+    (tmp_path / 'up' / 'in' / 'photos').symlink_to(pictures)
+    (tmp_path / 'up' / 'in' / 'deep' / 'photos').symlink_to(pictures)
+    (tmp_path / 'up' / 'in' / 'deep' / 'loop').symlink_to(tmp_path / 'up' / 'in')
+    (tmp_path / 'up' / 'in' / 'deep' / 'above').symlink_to(tmp_path / 'up')
+    found = prepare.find_files(str(tmp_path / 'up' / 'in'))
+    assert len(found) == 30 and {os.path.realpath(path) for path in found} == {os.path.realpath(path) for path in prepare.find_files(str(pictures))}
+
+
+def test_output_inside_the_source_is_no_source(files, tmp_path):
+    for name, data in files[:6]:
+        (tmp_path / os.path.basename(name)).write_bytes(data)
+    for out_dir in (tmp_path / 'data', tmp_path):
+        for _ in range(2):
+            assert '6 images' in call('prepare.py', '--source', tmp_path, '--size', 16, '--out_dir', out_dir)
+
+
+def test_num_images_are_picked_at_random_over_all_folders(tmp_path):
+    for colour, folder in enumerate('abc'):
+        (tmp_path / 'in' / folder).mkdir(parents=True)
+        for i in range(20):
+            Image.new('RGB', (8, 8), tuple((100 + 16 * (i % 8)) * (c == colour) for c in range(3))).save(tmp_path / 'in' / folder / f'{i}.png')
+    out = call('prepare.py', '--source', tmp_path / 'in', '--size', 8, '--num_images', 20, '--out_dir', tmp_path / 'out')
+    assert '20 of 60 images, picked at random by --seed' in out
+    tokens = np.concatenate([rows(tmp_path / 'out', split)[:, 0] for split in ('train', 'val')])
+    assert len(tokens) == 20 and all((tokens & channel).any() for channel in (0xF00, 0x0F0, 0x00F))
+
+
+def test_several_sources_and_validation_images_of_ones_own(files, tmp_path):
+    for folder, part in (('a', files[:8]), ('b', files[8:16]), ('c', files[14:20])):  # c repeats two pictures of b
+        (tmp_path / folder).mkdir()
+        for name, data in part:
+            (tmp_path / folder / os.path.basename(name)).write_bytes(data)
+    expected = lambda part: tokens_from(io.BytesIO(data) for _, data in part)
+    save_parquet(tmp_path / 't.parquet', files[20:25], 'image')
+    call('prepare.py', '--source', tmp_path / 'a', tmp_path / 'b', tmp_path / 't.parquet', '--size', 16, '--out_dir', tmp_path / 'out')
+    assert tokens_of(tmp_path / 'out') == expected(files[:16] + files[20:25])
+    out = call('prepare.py', '--source', tmp_path / 'a', tmp_path / 'b', '--val_source', tmp_path / 'c', '--size', 16, '--out_dir', tmp_path / 'out')
+    assert tokens_of(tmp_path / 'out', 'train') == expected(files[:14]) and tokens_of(tmp_path / 'out', 'val') == expected(files[14:20])
+    assert '2 images of --source stand in --val_source too' in out
+    # what prepare.py has made is a source too; its validation images stay what they were
+    out = call('prepare.py', '--source', tmp_path / 't.parquet', tmp_path / 'out', '--val_source', *sorted((tmp_path / 'c').iterdir()), '--size', 16, '--out_dir', tmp_path / 'out2')
+    assert tokens_of(tmp_path / 'out2', 'train') == expected(files[:14] + files[20:25]) and tokens_of(tmp_path / 'out2', 'val') == expected(files[14:20])
+    assert 'no usable image in --val_source' not in out
+    for val_source in (tmp_path / 'out', 'val'):
+        call('prepare.py', '--source', tmp_path / 't.parquet', tmp_path / 'out', '--val_source', val_source, '--size', 16, '--out_dir', tmp_path / 'out3')
+        assert [tokens_of(tmp_path / 'out3', split) for split in ('train', 'val')] == [tokens_of(tmp_path / 'out2', split) for split in ('train', 'val')]
+    assert 'not in --val_source too' in call('prepare.py', '--source', tmp_path / 'a', '--val_source', tmp_path / 'a', '--out_dir', tmp_path / 'x', code=1)
+
+
+def test_oblong_pictures(files, tmp_path):
+    (tmp_path / 'in').mkdir()
+    for i, (_, data) in enumerate(files[:6]):
+        Image.open(io.BytesIO(data)).convert('RGB').resize((90, 40)).save(tmp_path / 'in' / f'{i}.png')
+    call('prepare.py', '--source', tmp_path / 'in', '--size', '24x16', '--out_dir', tmp_path / 'out')
+    assert tokens_of(tmp_path / 'out') == tokens_from((tmp_path / 'in').iterdir(), (24, 16))
+    with Image.open(tmp_path / 'in' / '3.png') as image:  # 60 of the 90 columns, from the middle
+        cropped = image.resize((24, 16), Image.Resampling.LANCZOS, box=(15, 0, 75, 40))
+    assert extras.pack_rgb(np.asarray(cropped)).astype('<u2').tobytes() in tokens_of(tmp_path / 'out')
+    meta = extras.load_meta(str(tmp_path / 'out'))
+    assert (meta['width'], meta['height'], meta['tokens_per_image']) == (24, 16, 384)
+    call('prepare.py', '--source', 'synthetic', '--num_images', 4, '--size', '24x16', '--out_dir', tmp_path / 'drawn')
+    square = extras.pack_rgb(np.asarray(prepare.Synthetic(4, 1337, 24).picture(2)))[4:20]
+    assert square.astype('<u2').tobytes() in tokens_of(tmp_path / 'drawn')
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_data(pictures, tmp_path):
+    call('prepare.py', '--source', pictures, '--size', 16, '--out_dir', tmp_path)
+    before = digests(tmp_path)
+    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # a disk with room for 200 kB
+    made = subprocess.run(command('prepare.py', '--source', 'synthetic', '--num_images', 100, '--size', 64, '--out_dir', tmp_path), env=ENV, preexec_fn=small,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert made.returncode == 1 and made.stdout.splitlines()[-1].startswith(f'error: no room in {tmp_path} (') and 'Traceback' not in made.stdout
+    assert digests(tmp_path) == before and '.partial' not in os.listdir(tmp_path)
+
+
+def test_two_that_prepare_one_folder(pictures, tmp_path):
+    with extras.locked(str(tmp_path)):
+        out = call('prepare.py', '--source', pictures, '--size', 16, '--out_dir', tmp_path, code=1)
+    assert f'another process is writing to {tmp_path}' in out
+    call('prepare.py', '--source', pictures, '--size', 16, '--out_dir', tmp_path)
 
 
 @pytest.mark.skipif(not (SHARED / 'photos_mixed').is_dir(), reason='no photographs here')

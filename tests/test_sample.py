@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 import extras
-from conftest import ROOT, SHARED, call
+from conftest import FLAT, ROOT, SHARED, TINY, call
 from test_model import nanogpt_checkpoint
 
 
@@ -77,6 +77,21 @@ def test_a_photograph_on_its_side_is_completed_upright(ckpt, tmp_path):
     call('sample.py', '--ckpt', ckpt, '--image', photo, '--num_samples', 1, '--out', tmp_path / 'a.png')
     original = extras.pack_rgb(extras.load_rgb(photo, 16))
     assert (tokens(tmp_path / 'a.png')[2:10, 20:36] == original[:8]).all()
+
+
+@pytest.mark.parametrize('model', [[], [*FLAT, '--reach=3']])
+def test_oblong_pictures_are_learnt_painted_and_completed(tmp_path, model):
+    call('prepare.py', '--source', 'synthetic', '--num_images', 40, '--size', '24x16', '--out_dir', tmp_path / 'data')
+    call('train.py', *TINY, *model, f'--data_dir={tmp_path}/data', f'--out_dir={tmp_path}/out', '--max_iters=2')
+    assert tokens(tmp_path / 'out' / 'images' / 'output2.png', 2).shape == (16 + 2, 2 * (24 + 1) + 1)
+    photo = tmp_path / 'photo.png'
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)).save(photo)
+    call('sample.py', '--ckpt', tmp_path / 'out' / 'ckpt2.pt', '--image', photo, '--rows', 5, '--num_samples', 2, '--gif', '--out', tmp_path / 'a.png')
+    original = extras.pack_rgb(extras.load_rgb(photo, (24, 16)))
+    for i in range(2):
+        picture = tokens(tmp_path / f'a_{i}.png')
+        assert picture.shape == (16, 24) and (picture[:5] == original[:5]).all() and (picture[5:] != original[5:]).any()
+    assert (tokens(tmp_path / 'a.png')[2:18, -26:-2] == original).all()
 
 
 @pytest.mark.parametrize('first_pixel', ['sample', 'FEC'])

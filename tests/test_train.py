@@ -272,7 +272,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path):
             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
             "extras.run(lambda: extras.save_checkpoint({'model': torch.ones(1_000_000)}, sys.argv[1]))")
     done = subprocess.run([sys.executable, '-c', code, str(tmp_path / 'a.pt')], env=ENV, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.returncode == 1 and done.stdout.startswith(f'error: no room for {tmp_path}/a.pt (') and len(done.stdout.splitlines()) == 1
+    assert done.returncode == 1 and done.stdout.startswith(f'error: no room in {tmp_path} (') and len(done.stdout.splitlines()) == 1
     assert len(load(tmp_path / 'a.pt')['model']) == 1000 and os.listdir(tmp_path) == ['a.pt']
 
 
