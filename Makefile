@@ -14,7 +14,7 @@ BIN = $(VENV)/bin
 
 demo: $(VENV)/installed
 	$(BIN)/python prepare.py --source synthetic --size 24 --num_images 6000 --out_dir data/demo
-	$(BIN)/python train.py config/demo.py
+	$(BIN)/python train.py config/demo.py --overwrite=True
 	$(BIN)/python sample.py --ckpt out/demo/ckpt1200.pt --top_p 0.97 --scale 4 --out out/demo/landscapes.png
 	@echo 'Look at out/demo/landscapes.png, and at data/demo/preview.png, which it has learnt from.'
 

@@ -276,21 +276,17 @@ def make_folder(path):
         raise UserError(f'cannot write to the folder {path} ({e.strerror}): choose another one') from None
 
 
-@contextlib.contextmanager
-def locked(folder):
-    """Create a folder if need be, and keep it for this process alone. Raises UserError if another one has it, or if nobody can write there."""
+def lock(folder):
+    """Create a folder if need be, and keep it for this process as long as what is returned lives. Raises UserError if another one has it."""
     make_folder(folder)
-    lock = filelock.FileLock(os.path.join(folder, '.lock'))
+    held = filelock.FileLock(os.path.join(folder, '.lock'))
     try:
-        lock.acquire(timeout=0)
+        held.acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(f'another process is writing to {folder}: wait for it, or choose another --out_dir') from None
     except (NotImplementedError, OSError):  # some network disks know no locks
         pass
-    try:
-        yield
-    finally:
-        lock.release()
+    return held
 
 
 @contextlib.contextmanager
@@ -320,6 +316,12 @@ def atomic_write(path):
         with contextlib.suppress(OSError):
             os.remove(partial)
         raise
+
+
+def remove(path):
+    """Remove a file, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
 
 
 class _PlainUnpickler(pickle.Unpickler):

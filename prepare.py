@@ -566,7 +566,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     extras.check_values(args, val_fraction=('between 0 and 1', 0 < args.val_fraction < 1),
                         seed=('from 0 to 2 ** 63 - 1', 0 <= args.seed < 2 ** 63), num_images=('0 or more', args.num_images >= 0), workers=('0 or more', args.workers >= 0))
-    with extras.locked(args.out_dir), extras.room_in(args.out_dir):
+    lock = extras.lock(args.out_dir)  # noqa: F841, held until it goes out of sight
+    with extras.room_in(args.out_dir):
         staging = os.path.join(args.out_dir, '.partial')
         shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
         os.mkdir(staging)

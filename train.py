@@ -11,9 +11,12 @@ import copy
 import csv
 import datetime
 import functools
+import glob
 import math
 import os
 import shlex
+import signal
+import sys
 import time
 import uuid
 from dataclasses import asdict, dataclass, fields
@@ -21,6 +24,7 @@ from dataclasses import asdict, dataclass, fields
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
@@ -36,6 +40,8 @@ class TrainConfig:
     data_dir: str = key('data/landscape', 'the data set: a folder that prepare.py has filled')
     out_dir: str = key('out', 'checkpoints, log.csv, loss.png and images/ go here')
     init_from: str = key('scratch', "'scratch', 'resume' (from the furthest checkpoint in out_dir), or a checkpoint to go on from, or a folder of them; of weights alone, as in out/ckpt6000.pt, a new run starts")
+    overwrite: bool = key(False, 'start although a run lies in out_dir: its log and its checkpoints are removed')
+    save_every_minutes: float = key(15.0, 'also write ckpt_latest.pt so often, for --init_from=resume, as when the run is stopped (0: only when it is stopped)')
     keep_checkpoints: int = key(10, 'how many checkpoints of a run stay on disk; the best one always does')
     # the model
     n_layer: int = key(4, 'transformer blocks')
@@ -129,31 +135,41 @@ def update_average(averaged_model, model, iteration, share):
 # evaluation
 
 @torch.no_grad()
-def evaluate(model, data, config, device, autocast, rank, world_size):
-    """Mean loss in nats over every predicted pixel of every image in data; each rank takes its share of them."""
+def evaluate(model, data, config, device, autocast, rank, world_size, caught=()):
+    """Mean loss in nats over every predicted pixel of every image in data; each rank takes its share of them. None if a signal was caught meanwhile."""
     model.eval()
-    mine, size, total = data[rank::world_size], config.eval_batch_size, 0.0
+    mine, size, total, seen = data[rank::world_size], config.eval_batch_size, 0.0, 0
     for i in tqdm(range(0, len(mine), size), desc='validation', leave=False, disable=rank > 0 or None):
+        if caught:
+            break
         tokens = to_device(mine[i:i + size], device)
         with autocast:
             total += model(tokens).item() * len(tokens)
+        seen += len(tokens)
     if world_size > 1:
-        total = torch.tensor(total, dtype=torch.float64, device=device)
-        dist.all_reduce(total)
+        sums = torch.tensor([total, seen], dtype=torch.float64, device=device)
+        dist.all_reduce(sums)
+        total, seen = sums.tolist()
     model.train()
-    return float(total) / len(data)
+    return total / seen if seen == len(data) else None
 
 
-def paint_samples(model, data, config, meta, path):
-    """A sheet of num_samples images; the noise is the same at every evaluation, so that one sees the model change."""
+def paint_samples(model, data, config, meta, path, caught=()):
+    """A sheet of num_samples images; the noise is the same at every evaluation, so that one sees the model change. None if a signal was caught."""
     prompts = np.zeros((config.num_samples, 0))
     if not config.start_embedding:  # the first pixels of real images
         prompts = np.resize(data[:config.num_samples, :1], (config.num_samples, 1))
-    generator = torch.Generator().manual_seed(config.seed)
-    with tqdm(total=len(prompts) * (meta['tokens_per_image'] - prompts.shape[1]), desc='painting', unit='px', unit_scale=True, leave=False, disable=None) as bar:
-        tokens = model.generate(prompts, generator=generator, progress=bar.update)
-    images = tokens.reshape(-1, meta['height'], meta['width'])
-    extras.save_picture(extras.sheet([extras.to_image(image, scale=2) for image in images]), path)
+
+    def progress(pixels):
+        bar.update(pixels)
+        if caught:
+            raise KeyboardInterrupt
+
+    with tqdm(total=len(prompts) * (meta['tokens_per_image'] - prompts.shape[1]), desc='painting', unit='px', unit_scale=True, leave=False, disable=None) as bar, \
+            contextlib.suppress(KeyboardInterrupt):
+        tokens = model.generate(prompts, generator=torch.Generator().manual_seed(config.seed), progress=progress)
+        images = tokens.reshape(-1, meta['height'], meta['width'])
+        extras.save_picture(extras.sheet([extras.to_image(image, scale=2) for image in images]), path)
 
 # -----------------------------------------------------------------------------
 # the log
@@ -161,12 +177,16 @@ def paint_samples(model, data, config, meta, path):
 COLUMNS = ['iteration', 'images', 'tokens', 'seconds', 'learning_rate', 'train_loss', 'val_loss', 'bits_per_pixel']
 
 
+def logged(path):
+    """-> the rows of a log.csv, if there is one, without its head and one that was cut short."""
+    with contextlib.suppress(FileNotFoundError), open(path) as f:
+        return [row for row in f if row.split(',')[0].isdigit() and row.endswith('\n')]
+    return []
+
+
 def start_log(path, iteration):
-    """Begin log.csv, or when resuming at iteration drop the rows that come after it, and one that was cut short."""
-    rows = []
-    if iteration and os.path.exists(path):
-        with open(path) as f:
-            rows = [row for row in f if row.split(',')[0].isdigit() and int(row.split(',')[0]) <= iteration and row.endswith('\n')]
+    """Begin log.csv, or when resuming at iteration drop the rows that come after it."""
+    rows = [row for row in logged(path) if int(row.split(',')[0]) <= iteration]
     with extras.atomic_write(path) as f:
         f.write((','.join(COLUMNS) + '\n' + ''.join(rows)).encode())
 
@@ -210,7 +230,7 @@ def check(config, world_size):
     """Values that have the right type and still make no sense. Raises UserError."""
     positive = ('n_layer', 'n_head', 'n_embd', 'batch_size', 'gradient_accumulation_steps', 'max_iters', 'learning_rate',
                 'log_interval', 'eval_batch_size', 'num_samples', 'keep_checkpoints')
-    not_negative = ('muon_lr', 'min_lr', 'warmup_iters', 'weight_decay', 'grad_clip', 'eval_interval')
+    not_negative = ('muon_lr', 'min_lr', 'warmup_iters', 'weight_decay', 'grad_clip', 'eval_interval', 'save_every_minutes')
     below_one = ('dropout', 'beta1', 'beta2', 'average')
     pieces = world_size * config.gradient_accumulation_steps
     extras.check_values(
@@ -242,6 +262,61 @@ def find_checkpoint(config):
     return max(*runs.values(), key=lambda path: heads[path]['iter_num'])
 
 
+def restore(path, config, meta, model_args, raw_model, averaged_model, optimizers, scaler, device):
+    """Load a checkpoint into models, optimisers and scaler -> (iteration, the rest of what it tells of its run, or {} if it holds weights alone). Raises UserError."""
+    checkpoint = extras.load_checkpoint(path, device)
+    resized = (checkpoint['height'], checkpoint['width']) != (meta['height'], meta['width'])
+    resume = 'run' in checkpoint and not resized
+    theirs = {**(checkpoint['config'] if resume else {}), **checkpoint['model_args']}
+    for name, value in {**model_args, 'batch_size': config.batch_size}.items():
+        value_there = theirs.get(name, getattr(GPTConfig, name, value))
+        fits = value_there == value or name == 'dropout' or resized and config.row_column_positions and name in ('block_size', 'width')
+        if not fits:
+            raise UserError(f"{path} has {name}={value_there}, this run {name}={value}: resume with the config (and data) it was made with")
+    weights = checkpoint['model']
+    with extras.fitting(path):
+        if resized:  # images of another size: rows and columns are stretched
+            for name in ('transformer.wre.weight', 'transformer.wce.weight'):
+                weights[name] = F.interpolate(weights[name].T[None], len(raw_model.get_parameter(name)), mode='linear', align_corners=True)[0].T
+        averaged_model.load_state_dict(weights)
+        raw_model.load_state_dict(resume and checkpoint.get('training_model') or weights)
+    if not resume:
+        return 0, {}
+    states = [checkpoint[name] for name in ('optimizer', 'muon') if checkpoint.get(name)]
+    if len(states) != len(optimizers):
+        raise UserError(f"{path} was trained {'with' if len(states) > 1 else 'without'} Muon: resume with --muon_lr={'more than 0' if len(states) > 1 else '0'}")
+    for optimizer, state in zip(optimizers, states):  # the moments from the checkpoint, but the weight decay and betas of this run's config
+        optimizer.load_state_dict({**state, 'param_groups': optimizer.state_dict()['param_groups']})
+    if checkpoint['scaler']:  # empty, unless it was float16
+        scaler.load_state_dict(checkpoint['scaler'])
+    run = {'id': None, 'last_eval': checkpoint['iter_num'], 'loss_sum': 0.0, 'loss_count': 0, **checkpoint['run'], 'best_val_loss': checkpoint['best_val_loss']}
+    if max(checkpoint['iter_num'], run['last_eval'] + 1) > config.max_iters:
+        raise UserError(f"{path} has done all {checkpoint['iter_num']} iterations: raise --max_iters to go on")
+    changed = [f'{name} was {theirs[name]}, is {getattr(config, name)}' for name in ('data_dir', 'seed') if theirs[name] != getattr(config, name)]
+    if changed and int(os.environ.get('RANK', 0)) == 0:
+        print(f"note: this is not what {path} was made with: {'; '.join(changed)}")
+    return checkpoint['iter_num'], run
+
+
+def catch_signals(world_size):
+    """-> a list that gets the numbers of the signals that ask for an end: Ctrl-C, SIGTERM, a closed terminal. A second one ends it at once."""
+    caught = []
+
+    def handler(number, frame):
+        if caught and world_size == 1:  # torchrun passes on what all processes of a terminal have got already
+            raise KeyboardInterrupt
+        caught.append(number)
+        if number == getattr(signal, 'SIGHUP', None):  # there is no terminal to print to any more
+            for descriptor in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+    for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
+        number = getattr(signal, name, None)  # Windows has two of them
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # as it is under nohup
+            signal.signal(number, handler)
+    return caught
+
+
 def main(argv=None):
     config = extras.load_config(TrainConfig, argv, description='Train a GPT to paint.')
 
@@ -254,7 +329,7 @@ def main(argv=None):
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
         device = 'cpu' if device == 'mps' else device
-        dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
     master = rank == 0
     dtype = extras.pick_dtype(config.dtype, device)
     autocast = torch.autocast(device.split(':')[0], dtype) if dtype != torch.float32 else contextlib.nullcontext()
@@ -266,10 +341,7 @@ def main(argv=None):
     # data: one image a row
     meta = extras.load_meta(config.data_dir)
     train_data, val_data = (extras.load_tokens(config.data_dir, split, meta) for split in ('train', 'val'))
-    log_path = os.path.join(config.out_dir, 'log.csv')
-    if master:
-        extras.make_folder(config.out_dir)
-        extras.make_folder(os.path.join(config.out_dir, 'images'))
+    log_path, latest_path = os.path.join(config.out_dir, 'log.csv'), os.path.join(config.out_dir, 'ckpt_latest.pt')
 
     # model and optimiser, new or from a checkpoint
     torch.manual_seed(config.seed)
@@ -283,45 +355,32 @@ def main(argv=None):
     averaged_model = copy.deepcopy(raw_model) if config.average else raw_model  # what is evaluated, painted with and saved
     optimizers = raw_model.configure_optimizers(config.weight_decay, config.learning_rate, (config.beta1, config.beta2), config.muon_lr)
     peaks = [optimizer.param_groups[0]['lr'] for optimizer in optimizers]
-    iteration, seconds, best_val_loss, best_iter, saved, own = 0, 0.0, math.inf, None, [], False
-    run_id = uuid.uuid4().hex  # tells the checkpoints of one run from those of another in the same folder
+    iteration, run, own = 0, {}, False
     if config.init_from != 'scratch':
         path = find_checkpoint(config)
-        checkpoint = extras.load_checkpoint(path, device)
-        whole = 'run' in checkpoint  # not weights alone
-        theirs = {**(checkpoint['config'] if whole else {}), **checkpoint['model_args']}
-        for name, value in {**model_args, 'batch_size': config.batch_size}.items():
-            value_there = theirs.get(name, getattr(GPTConfig, name, value))
-            if value_there != value and name != 'dropout':
-                raise UserError(f"{path} has {name}={value_there}, this run {name}={value}: resume with the config (and data) it was made with")
-        with extras.fitting(path):
-            averaged_model.load_state_dict(checkpoint['model'])
-            raw_model.load_state_dict(checkpoint.get('training_model') or checkpoint['model'])
-        if whole:
-            states = [checkpoint[name] for name in ('optimizer', 'muon') if checkpoint.get(name)]
-            if len(states) != len(optimizers):
-                raise UserError(f"{path} was trained {'with' if len(states) > 1 else 'without'} Muon: resume with --muon_lr={'more than 0' if len(states) > 1 else '0'}")
-            for optimizer, state in zip(optimizers, states):  # the moments from the checkpoint, but the weight decay and betas of this run's config
-                optimizer.load_state_dict({**state, 'param_groups': optimizer.state_dict()['param_groups']})
-            if checkpoint['scaler']:  # empty, unless it was float16
-                scaler.load_state_dict(checkpoint['scaler'])
-            iteration, best_val_loss = checkpoint['iter_num'], checkpoint['best_val_loss']
-            seconds, best_iter, saved = (checkpoint['run'][name] for name in ('seconds', 'best_iter', 'saved'))
-            said = [f'{name} was {theirs[name]}, is {getattr(config, name)}' for name in ('data_dir', 'seed') if theirs[name] != getattr(config, name)]
-            if said:
-                say(f"note: this is not what {path} was made with: {'; '.join(said)}")
-            own = os.path.realpath(os.path.dirname(path)) == os.path.realpath(config.out_dir)
-            run_id = checkpoint['run'].get('id') if own else run_id
-            if not own:  # what lies here is of another run
-                best_val_loss, best_iter, saved = math.inf, None, []
-            if iteration >= config.max_iters:
-                raise UserError(f'{path} has done all {iteration} iterations: raise --max_iters to go on')
-        say(f"going on from {path}, iteration {checkpoint['iter_num']}" if whole else f'a new run with the weights of {path}')
-        del checkpoint
+        iteration, run = restore(path, config, meta, model_args, raw_model, averaged_model, optimizers, scaler, device)
+        own = bool(run) and os.path.realpath(os.path.dirname(path)) == os.path.realpath(config.out_dir)
+        say(f'going on from {path}, iteration {iteration}' if run else f'a new run with the weights of {path}')
+    seconds, last_eval, loss_count = run.get('seconds', 0), run.get('last_eval', 0), run.get('loss_count', 0)
+    loss_sum = torch.tensor(run.get('loss_sum', 0.0), device=device)  # since the last log line
+    run_id, best_val_loss, best_iter, saved = uuid.uuid4().hex, math.inf, None, []  # the id tells a run's checkpoints from those of another
+    if own:
+        run_id, best_val_loss, best_iter, saved = (run[name] for name in ('id', 'best_val_loss', 'best_iter', 'saved'))
+
+    # a run that lies in the folder already is not touched
+    if master:
+        lock = extras.lock(config.out_dir)  # noqa: F841, held until the end
+        heads = extras.checkpoint_heads(config.out_dir)
+        old = [path for path, head in heads.items() if head['run'] and (head['run'].get('id') != run_id or head['iter_num'] > iteration)]
+        if not own and logged(log_path):
+            old.append(log_path)
+        if old and not config.overwrite:
+            raise UserError(f"{config.out_dir} holds a run ({', '.join(map(os.path.basename, old[:4]))}{', ...' * (len(old) > 4)}): go on with it by --init_from=resume, "
+                            'choose another --out_dir, or replace it by --overwrite=True')
 
     model = raw_model
     if compile_it:
-        say('compiling the model: the first iterations take a minute longer')
+        say('compiling the model, which takes up to a minute')
         model = torch.compile(model)
     if world_size > 1:
         model = DDP(model, device_ids=[device] if device.startswith('cuda') else None)
@@ -331,8 +390,21 @@ def main(argv=None):
         f"{str(dtype).removeprefix('torch.')}{', compiled' if compile_it else ''}")
     say(f"{len(train_data):,} training and {len(val_data):,} validation images of {meta['width']}x{meta['height']} from {config.data_dir}; "
         f"{config.max_iters:,} iterations of {config.batch_size} images are {config.max_iters * config.batch_size / len(train_data):.2f} epochs")
+    share = config.batch_size // world_size  # images of this process
+    micro = share // config.gradient_accumulation_steps
+    if compile_it:
+        try:
+            with autocast:
+                model(get_batch(train_data, range(micro), config, meta, device)).backward()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as e:  # no compiler, or one that does not work
+            raise UserError(f'torch.compile does not work here ({extras.brief(e)}): use --compile=False') from None
+        raw_model.zero_grad(set_to_none=True)
     wandb = start_wandb(config) if master and config.wandb_log else None
-    if master:
+    if master:  # whatever can fail has not: from here on files are written
+        for path in old + glob.glob(os.path.join(glob.escape(config.out_dir), '**', '*.partial'), recursive=True):  # and of a run that was killed
+            os.remove(path)
         start_log(log_path, iteration if own else 0)
 
     def log(name, loss):
@@ -340,7 +412,7 @@ def main(argv=None):
         values = {'iteration': iteration, 'images': iteration * config.batch_size, 'tokens': iteration * config.batch_size * meta['tokens_per_image'],
                   'seconds': round(seconds, 2), 'learning_rate': float(f'{get_lr(iteration - 1, config):.4g}'),
                   name: round(loss, 5), 'bits_per_pixel': round(loss / math.log(2), 5)}
-        with open(log_path, 'a') as f:
+        with extras.room_in(config.out_dir), open(log_path, 'a') as f:
             f.write(','.join(str(values.get(c, '')) for c in COLUMNS) + '\n')
         if wandb:
             values[f'{name}_bits'] = values.pop('bits_per_pixel')  # both losses may come at one step
@@ -352,17 +424,24 @@ def main(argv=None):
             raise UserError(f'the loss is {loss} at iteration {iteration}; {last}. Try a lower --learning_rate (now {config.learning_rate:g}), '
                             'a longer --warmup_iters, or --dtype=float32')
 
-    first, share = iteration, config.batch_size // world_size
-    micro = share // config.gradient_accumulation_steps
-    began, loss_sum, loss_count = time.monotonic(), torch.zeros((), device=device), 0
-    window = time.monotonic()  # since the last log line, less evaluations
+    def save(path):
+        """Everything from which the run can go on exactly."""
+        extras.save_checkpoint(dict(
+            model=averaged_model.state_dict(), training_model=raw_model.state_dict() if config.average else None, optimizer=optimizers[0].state_dict(),
+            muon=optimizers[1].state_dict() if config.muon_lr else None, scaler=scaler.state_dict(), model_args=model_args,
+            iter_num=iteration, best_val_loss=best_val_loss, config=asdict(config), height=meta['height'], width=meta['width'],
+            run=dict(id=run_id, seconds=seconds + time.monotonic() - window, best_iter=best_iter, saved=saved, last_eval=last_eval,
+                     loss_sum=loss_sum.item(), loss_count=loss_count)), path)
+
+    first, window_first, caught = iteration, iteration, catch_signals(world_size)
+    began = window = last_save = time.monotonic()  # window: since the last log line, less evaluations
     model.train()
     while True:
         last_step = iteration == config.max_iters
-        eval_step = last_step or iteration in config.eval_at or (config.eval_interval > 0 and iteration % config.eval_interval == 0)
+        eval_step = iteration > last_eval and (last_step or iteration in config.eval_at or (config.eval_interval > 0 and iteration % config.eval_interval == 0))
 
         # a log line tells the mean of the losses since the one before
-        if iteration > first and (eval_step or iteration % config.log_interval == 0):
+        if loss_count and (eval_step or iteration % config.log_interval == 0):
             mean = loss_sum / loss_count
             if world_size > 1:
                 dist.all_reduce(mean)
@@ -370,44 +449,55 @@ def main(argv=None):
             took = time.monotonic() - window
             seconds += took
             stop_if_not_finite(train_loss)
-            images = loss_count * config.batch_size / took
-            left = (time.monotonic() - began) / (iteration - first) * (config.max_iters - iteration)
+            images = (iteration - window_first) * config.batch_size / took
+            left = (time.monotonic() - began) / max(1, iteration - first) * (config.max_iters - iteration)
             say(f"iter {iteration} | loss {train_loss:.4f} | {train_loss / math.log(2):.3f} bits/pixel | {images:.2f} images/s | "
                 f"{images * meta['tokens_per_image']:,.0f} tokens/s | {datetime.timedelta(seconds=int(left))} left")
             if master:
                 log('train_loss', train_loss)
             loss_sum.zero_()
-            loss_count, window = 0, time.monotonic()
+            loss_count, window, window_first = 0, time.monotonic(), iteration
         elif iteration == first + 1:  # something to see before the first log line
-            say(f'iter {iteration} | loss {loss_sum.item():.4f} | {time.monotonic() - window:.1f} s')
+            say(f'iter {iteration} | loss {loss_sum.item() / loss_count:.4f} | {time.monotonic() - window:.1f} s')
 
         # evaluation: the loss over all validation images, a sheet of samples, a checkpoint
-        if iteration > first and eval_step:
-            val_loss = evaluate(averaged_model, val_data, config, device, autocast, rank, world_size)
+        if eval_step and (val_loss := evaluate(averaged_model, val_data, config, device, autocast, rank, world_size, caught)) is not None:
+            window = time.monotonic()
             stop_if_not_finite(val_loss)
+            last_eval = iteration
             if val_loss < best_val_loss:
                 best_val_loss, best_iter = val_loss, iteration
             saved.append(iteration)
             if master:
                 log('val_loss', val_loss)
                 path = os.path.join(config.out_dir, f'ckpt{iteration}.pt')
-                extras.save_checkpoint(dict(
-                    model=averaged_model.state_dict(), training_model=raw_model.state_dict() if config.average else None, optimizer=optimizers[0].state_dict(),
-                    muon=optimizers[1].state_dict() if config.muon_lr else None, scaler=scaler.state_dict(), model_args=model_args,
-                    iter_num=iteration, best_val_loss=best_val_loss, config=asdict(config), height=meta['height'], width=meta['width'],
-                    run=dict(id=run_id, seconds=seconds, best_iter=best_iter, saved=saved)), path)
+                save(path)
                 # the oldest ones go, but never the best nor the last; what other runs have left here is not touched
                 while len(saved) > config.keep_checkpoints and (old := next((i for i in saved[:-1] if i != best_iter), None)):
                     saved.remove(old)
-                    with contextlib.suppress(FileNotFoundError):
-                        os.remove(os.path.join(config.out_dir, f'ckpt{old}.pt'))
+                    extras.remove(os.path.join(config.out_dir, f'ckpt{old}.pt'))
+                extras.remove(latest_path)
                 plot_log(log_path, os.path.join(config.out_dir, 'loss.png'))
                 picture = os.path.join(config.out_dir, 'images', f'output{iteration}.png')
-                paint_samples(averaged_model, val_data, config, meta, picture)
+                paint_samples(averaged_model, val_data, config, meta, picture, caught)
                 say(f"iter {iteration} | validation loss {val_loss:.4f} | {val_loss / math.log(2):.3f} bits/pixel"
                     f"{' | the best so far' if best_iter == iteration else ''} | {path} | {picture}")
-            window = time.monotonic()
-        if last_step:
+            window = last_save = time.monotonic()
+        if last_step and last_eval == iteration:
+            break
+
+        # a checkpoint when it is time, or when a signal was caught; all processes do the same
+        wish = 2 if caught else 1 if 0 < config.save_every_minutes * 60 < time.monotonic() - last_save else 0
+        if world_size > 1:
+            wishes = torch.tensor(wish)
+            dist.all_reduce(wishes, dist.ReduceOp.MAX)
+            wish = wishes.item()
+        if wish and iteration not in saved:
+            stop_if_not_finite(sum(p.sum().item() for p in raw_model.parameters()))
+            if master:
+                save(latest_path)
+            last_save = time.monotonic()
+        if wish == 2:
             break
 
         # one step. Dropout too is a function of (seed, iteration, rank): a checkpoint needs no random state
@@ -437,11 +527,19 @@ def main(argv=None):
         if config.average:
             update_average(averaged_model, raw_model, iteration, config.average)
 
-    say(f'done: best validation {best_val_loss / math.log(2):.3f} bits/pixel at iteration {best_iter}. Paint with  python sample.py --ckpt ' + shlex.quote(f'{config.out_dir}/ckpt{best_iter}.pt'))
+    if last_step and last_eval == iteration:
+        say(f'done: best validation {best_val_loss / math.log(2):.3f} bits/pixel at iteration {best_iter}. Paint with  python sample.py --ckpt ' + shlex.quote(f'{config.out_dir}/ckpt{best_iter}.pt'))
+        caught.clear()
+    else:
+        again = [word for word in sys.argv if not word.startswith(('--init_from', '--overwrite'))]
+        say(f"\nstopped at iteration {iteration}. Go on with  {'python' if world_size == 1 else 'torchrun ...'} {shlex.join(again)} --init_from=resume")
+        caught.append(signal.SIGTERM)  # if it was another process that has got it
     if world_size > 1:
         dist.barrier()  # nobody leaves while another still evaluates
         del model, loss  # what they hold of the process group would be freed after it, which now and then never ends
         dist.destroy_process_group()
+    if caught:
+        sys.exit(128 + caught[0])
 
 
 if __name__ == '__main__':

@@ -37,8 +37,8 @@ def models(adamw_lr):
 def run(out_dir, options):
     """One training run, unless it is there already -> (bits per pixel, images a second)."""
     log = out_dir / 'log.csv'
-    if not any(out_dir.glob('ckpt*.pt')):
-        subprocess.run([sys.executable, str(ROOT / 'train.py'), str(ROOT / 'config' / 'landscape.py'), f'--out_dir={out_dir}', *options],
+    if not any(out_dir.glob('ckpt[0-9]*.pt')):
+        subprocess.run([sys.executable, str(ROOT / 'train.py'), str(ROOT / 'config' / 'landscape.py'), f'--out_dir={out_dir}', '--overwrite=True', *options],
                        check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with open(log, newline='') as f:
         rows = list(csv.DictReader(f))

@@ -17,7 +17,7 @@ DATA, HOUR = ROOT / 'data' / 'track', 3600
 
 def train(out_dir, options):
     """A training run -> the rows of its log."""
-    subprocess.run([sys.executable, str(ROOT / 'train.py'), *options, f'--data_dir={DATA}', f'--out_dir={out_dir}', '--num_samples=16'], check=True)
+    subprocess.run([sys.executable, str(ROOT / 'train.py'), *options, f'--data_dir={DATA}', f'--out_dir={out_dir}', '--num_samples=16', '--overwrite=True'], check=True)
     with open(out_dir / 'log.csv', newline='') as f:
         return list(csv.DictReader(f))
 

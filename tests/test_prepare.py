@@ -451,8 +451,9 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_data(pictures, tmp_path):
 
 
 def test_two_that_prepare_one_folder(pictures, tmp_path):
-    with extras.locked(str(tmp_path)):
-        out = call('prepare.py', '--source', pictures, '--size', 16, '--out_dir', tmp_path, code=1)
+    lock = extras.lock(str(tmp_path))
+    out = call('prepare.py', '--source', pictures, '--size', 16, '--out_dir', tmp_path, code=1)
+    lock.release()
     assert f'another process is writing to {tmp_path}' in out
     call('prepare.py', '--source', pictures, '--size', 16, '--out_dir', tmp_path)
 
