@@ -31,6 +31,7 @@ from tqdm import tqdm
 import extras
 from extras import UserError
 
+SPLITS = 'train|validation|valid|val|dev|test|eval'
 WRITTEN = {'train.bin', 'val.bin', 'preview.png', 'meta.pkl'}
 
 # -----------------------------------------------------------------------------
@@ -227,7 +228,8 @@ def open_tables(name, args, shards=None, cache_dir=None, required=True):
                 pyarrow.parquet.read_metadata(f)
         except Exception as e:
             raise UserError(f'{shard} is no whole parquet file ({extras.brief(e, 60)}): get it again (git lfs pull, in a clone), or move it away') from None
-        split = re.search(r'(?<![a-z])(train|validation|valid|val|dev|test|eval)(?![a-z])', os.path.basename(shard).lower())
+        folder, file = os.path.abspath(shard).lower().split(os.sep)[-2:]
+        split = re.search(rf'(?<![a-z])({SPLITS})(?![a-z])', file) or re.fullmatch(SPLITS, folder)
         plain = glob.escape(shard)  # load_dataset knows more signs than glob does: where links can be made, it gets plain names
         with contextlib.suppress(OSError):
             os.symlink(os.path.abspath(shard), os.path.join(links, f'{i}.parquet'))
@@ -575,8 +577,14 @@ def main(argv=None):
             sources = open_sources(args.source, args, staging)
             val_sources = [source for source in sources if source.split and source.split in args.val_source]
             sources = [source for source in sources if source not in val_sources]
-            others = open_sources([text for text in args.val_source if text not in {source.split for source in val_sources}], args, staging)
-            val_sources += [source for source in others if not (isinstance(source, Prepared) and source.split == 'train')]
+            for text in args.val_source:
+                if text not in {source.split for source in val_sources}:
+                    within = [] if os.path.exists(text) else [path for path in (os.path.join(source, text) for source in args.source) if os.path.isdir(path)]
+                    splits = sorted({source.split for source in sources if source.split})
+                    if splits and not within and '/' not in text and not os.path.exists(text):
+                        raise UserError(f"--val_source {text} is no file, no folder and none of the splits {', '.join(splits)}")
+                    opened = open_sources(within or [text], args, staging)
+                    val_sources += [source for source in opened if not (isinstance(source, Prepared) and source.split == 'train')]
             try:
                 meta, skipped, (low, high) = write_dataset(sources, val_sources, args, staging)
             except RuntimeError as e:  # of the DataLoader: the system has killed a worker

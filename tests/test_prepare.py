@@ -334,6 +334,14 @@ def test_a_clone_of_a_hub_repository(pictures, files, tmp_path):
     # its splits have the names that the Hub gives them
     call('prepare.py', '--source', repo, '--val_source', 'test', '--size', 16, '--out_dir', tmp_path / 'out')
     assert tokens_of(tmp_path / 'out', 'val') == tokens_from(io.BytesIO(data) for _, data in files[10:15])
+    assert '--val_source tset is no file, no folder and none of the splits test, train' in call(
+        'prepare.py', '--source', repo, '--val_source', 'tset', '--out_dir', tmp_path / 'out', code=1)
+    # the layout of the Hub's own conversions
+    for split in ('train', 'test'):
+        (tmp_path / 'default' / split).mkdir(parents=True)
+        (tmp_path / 'default' / split / '0000.parquet').write_bytes((repo / 'data' / f'{split}-00000-of-00001.parquet').read_bytes())
+    call('prepare.py', '--source', tmp_path / 'default', '--val_source', 'test', '--size', 16, '--out_dir', tmp_path / 'out')
+    assert tokens_of(tmp_path / 'out', 'val') == tokens_from(io.BytesIO(data) for _, data in files[10:15])
     # several configurations, as its card says
     save_parquet(repo / 'more' / 'train.parquet', files[15:20], 'image')
     (repo / 'README.md').write_text('---\nconfigs:\n- config_name: main\n  data_files: data/*.parquet\n- config_name: more\n  data_files: more/*.parquet\n---\n')
@@ -414,6 +422,11 @@ def test_several_sources_and_validation_images_of_ones_own(files, tmp_path):
     out = call('prepare.py', '--source', tmp_path / 'a', tmp_path / 'b', '--val_source', tmp_path / 'c', '--size', 16, '--out_dir', tmp_path / 'out')
     assert tokens_of(tmp_path / 'out', 'train') == expected(files[:14]) and tokens_of(tmp_path / 'out', 'val') == expected(files[14:20])
     assert '2 images of --source stand in --val_source too' in out
+    (tmp_path / 'a' / 'held out').mkdir()  # a folder of the source
+    (tmp_path / 'c' / os.path.basename(files[19][0])).rename(tmp_path / 'a' / 'held out' / 'x.png')
+    call('prepare.py', '--source', tmp_path / 'a', '--val_source', 'held out', '--size', 16, '--out_dir', tmp_path / 'out2')
+    assert tokens_of(tmp_path / 'out2', 'train') == expected(files[:8]) and tokens_of(tmp_path / 'out2', 'val') == expected(files[19:20])
+    (tmp_path / 'a' / 'held out' / 'x.png').rename(tmp_path / 'c' / 'x.png')
     # what prepare.py has made is a source too; its validation images stay what they were
     out = call('prepare.py', '--source', tmp_path / 't.parquet', tmp_path / 'out', '--val_source', *sorted((tmp_path / 'c').iterdir()), '--size', 16, '--out_dir', tmp_path / 'out2')
     assert tokens_of(tmp_path / 'out2', 'train') == expected(files[:14] + files[20:25]) and tokens_of(tmp_path / 'out2', 'val') == expected(files[14:20])
