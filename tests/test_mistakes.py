@@ -82,7 +82,7 @@ MISTAKES = {
     'a truncated train.bin': ('train.py {tiny} --data_dir={short}', 'whole images'),
     'a train.bin of half an image': ('train.py {tiny} --data_dir={half}', 'whole images'),
     'tokens that are no colours': ('train.py {tiny} --data_dir={words}', 'no 12-bit colour'),
-    'tokens to validate with that are none': ('train.py {tiny} --max_iters=1 --data_dir={valwords}', 'no 12-bit colour'),
+    'tokens to validate with that are none': ('train.py {tiny} --max_iters=1 --out_dir={new}out --data_dir={valwords}', 'no 12-bit colour'),
     'no val.bin': ('train.py {tiny} --data_dir={noval}', 'val.bin is missing'),
     'a damaged meta.pkl': ('train.py {tiny} --data_dir={badmeta}', 'is damaged'),
     'a meta.pkl that runs code': ('train.py {tiny} --data_dir={evilmeta}', 'is damaged or no plain dictionary'),
