@@ -1,4 +1,5 @@
 """From any source to whole, deterministic files, whatever lies in the folder."""
+import argparse
 import hashlib
 import io
 import json
@@ -227,7 +228,7 @@ def test_a_data_set_of_the_hubs_shape_with_odd_splits(pictures, files, tmp_path)
 
 
 @pytest.mark.parametrize('layout', ['imagefolder', 'parquet'])
-def test_a_repository_in_the_very_shape_of_the_default_data_set(tmp_path, layout):
+def test_a_repository_in_the_very_shape_of_the_default_data_set(tmp_path, layout, monkeypatch):
     # Nature-Landscape: 512x512 PNG, the columns image and text, an image folder with metadata.jsonl; through load_dataset, as from the Hub
     import datasets
     drawn, repo = prepare.Synthetic(4, 0, 512), tmp_path / 'ferrariedhgs' / 'Nature-Landscape'
@@ -241,8 +242,11 @@ def test_a_repository_in_the_very_shape_of_the_default_data_set(tmp_path, layout
         splits['train'].to_parquet(str(tmp_path / 'converted' / 'default' / 'train' / '0000.parquet'))
         splits = datasets.load_dataset(str(tmp_path / 'converted' / 'default'), cache_dir=str(tmp_path / 'cache'))
     assert list(splits) == ['train'] and list(splits['train'].features) == ['image', 'text'] and isinstance(splits['train'].features['image'], datasets.Image)
-    assert prepare.choose_column(splits, 'Nature-Landscape') == 'image'
-    table = prepare.Table('train', splits['train'], 'image')
+    # by its name, as from the Hub: load_dataset takes a folder of that name for it
+    monkeypatch.chdir(tmp_path if layout == 'imagefolder' else tmp_path / 'converted')
+    name = 'ferrariedhgs/Nature-Landscape' if layout == 'imagefolder' else 'default'
+    (table,) = prepare.open_tables(name, argparse.Namespace(column=None, config=None), cache_dir=str(tmp_path / 'cache'))
+    assert table.name(3) == 'row 3 of train'
     assert len(table) == 4
     for i in range(4):
         with Image.open(repo / f'image_{i}.png') as picture:
