@@ -6,18 +6,389 @@
     python sample.py --ckpt out/ckpt6000.pt --num_samples 4 --gif --scale 4   # and watch it being painted
 """
 import itertools
+import math
 import os
+from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 
 import extras
 from extras import UserError
-from model import images_at_once
-
+from model import LEVELS, NEIGHBOURS
 
 GREY = 0x666  # of what is not painted yet
+
+# -----------------------------------------------------------------------------
+# the sampler
+
+def generate(model, tokens, max_new_tokens=None, *, temperature=1.0, top_k=None, top_p=None, generator=None, use_cache=True, progress=None):
+    """Continue images pixel by pixel: prompts (B, T) -> (B, T + max_new_tokens), the prompts included.
+
+    T may be 0 with the start embedding. max_new_tokens: the rest of the image if None. temperature 0 takes the
+    likeliest colour; top_k and top_p as in restrict. generator draws a seed for every image, which decides all
+    its noise, so that it gives the same images, up to rounding, with the cache and without it, in a batch of any
+    size and on any device. More images than images_at_once are painted in batches.
+    use_cache=False is the plain loop, everything again for every pixel: slow, and what the sampler must equal.
+    progress, if given, is called with numbers of new pixels. Raises ValueError.
+    """
+    config, device = model.config, model.lm_head.weight.device
+    tokens = torch.as_tensor(tokens, dtype=torch.long, device=device)
+    B, T = tokens.shape
+    new = config.tokens_per_image - T if max_new_tokens is None else max_new_tokens
+    if not 0 <= new <= config.tokens_per_image - T:
+        raise ValueError(f'{T} given + {new} new pixels do not fit into an image of {config.tokens_per_image}')
+    if T == 0 and not config.start_embedding:
+        raise ValueError('a model without start embedding cannot draw the first pixel: give one')
+
+    seeds = torch.randint(2 ** 62, (B,), generator=generator, device=generator.device if generator else 'cpu').to(device)
+    images = torch.cat((tokens, tokens.new_zeros(B, new)), dim=1)
+    draw = lambda logits, noise: choose(restrict(logits, temperature, top_k, top_p), noise)
+    batch = min(B, images_at_once(model))
+    paint = paint_plainly if not use_cache else paint_graphs if device.type == 'cuda' else paint_waves
+    with painting(model, batch):
+        for part, part_seeds in zip(images.split(batch), seeds.split(batch)) if new else ():  # views: painting a part writes into images
+            for pixels in paint(model, part, part_seeds, draw, T):
+                if progress:
+                    progress(len(part) * pixels)
+    return images
+
+
+def paint_plainly(model, images, seeds, draw, first):
+    """Fill images (B, N) from pixel first on, each from its seed (B,); yields how many pixels of each have just been drawn.
+
+    The whole image so far goes through the whole model, for every pixel.
+    """
+    for i in range(first, images.size(1)):
+        x, weight = model.features(images[:, :i + 1])  # the pixel itself is not looked at
+        logits = x[:, -1] @ weight.t()
+        images[:, i] = draw(logits, gumbel_noise(seeds, torch.tensor([i], device=images.device), logits.size(-1))[0])
+        yield 1
+
+
+def paint_waves(model, images, seeds, draw, first):
+    """The same image, all pixels of a wave at a time, on a CPU."""
+    decoder = Decoder(model, *images.shape)
+    decoder.prefill(images[:, :first])
+    for wave, pixels in decoder.waves(first):
+        decoder.paint(wave, seeds, draw)
+        yield pixels
+    images.copy_(decoder.painted())
+
+
+def paint_graphs(model, images, seeds, draw, first, together=32):
+    """The same as a CUDA graph of so many waves together, for GPUs that take longer to launch a kernel than to run it.
+
+    A graph repeats the very same work. So all waves are as long as the longest, with pixels that nobody looks at, and where
+    they lie is told by tables that the graph reads, at the number of the wave. On a CPU the waves come one by one, which
+    tests all but the capture.
+    """
+    decoder = Decoder(model, *images.shape)
+    decoder.prefill(images[:, :first])
+    waves, pixels = zip(*decoder.waves(first))
+    waves += waves[-1:] * (-len(waves) % together)  # painting the last one again changes nothing
+    table = {name: torch.tensor([[*w[name]] + [unseen] * (max(pixels) - n) for w, n in zip(waves, pixels + pixels[-1:] * together)],
+                                device=images.device) for name, unseen in decoder.unseen.items()}
+    number = torch.zeros(1, dtype=torch.long, device=images.device)
+
+    def paint():
+        for _ in range(together):
+            decoder.paint({name: rows.index_select(0, number)[0] for name, rows in table.items()}, seeds, draw)
+            number.add_(1)
+
+    graph = None
+    for begin in range(0, len(waves), together):
+        if not images.is_cuda:
+            paint()
+        elif begin == 0:  # libraries set themselves up in the first steps, which are therefore not captured
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                paint()
+            torch.cuda.current_stream().wait_stream(side)
+        else:
+            if not graph:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    paint()
+            graph.replay()
+        yield sum(pixels[begin:begin + together])
+    images.copy_(decoder.painted())
+
+
+def wave_stride(config):
+    """The pixels with the same x + stride * y are a wave: with reach a diagonal, none of which depends on another; else one pixel."""
+    return min(config.reach + 1, config.width) if config.reach else config.width
+
+
+class Decoder:
+    """What the sampler keeps for B images of N pixels: the weights, laid out for few pixels at a time, the pixels so far, and their keys and values.
+
+    Where the parts of a wave lie is told by ranges: all that it reads or writes has equal distances in memory, so that it is
+    a view and nothing is copied.
+    """
+
+    def __init__(self, model, B, N):
+        c, h, device = model.config, model.transformer, model.lm_head.weight.device
+        W, H, V = c.width, -(-c.tokens_per_image // c.width), c.vocab_size
+        self.model, self.B, self.N, self.width, self.height, self.n_head = model, B, N, W, H, c.n_head
+        self.stride = wave_stride(c)
+        self.diagonals = -(-W // self.stride)  # columns of a wave, at most
+        self.shift = int(not c.start_embedding)  # from a pixel back to the position that predicts it
+
+        # the weights
+        colours = model.colours()
+        self.wte = torch.cat((colours, h.wse.weight if c.start_embedding else torch.zeros_like(colours[:1])))  # the edge of the canvas reads as the start
+        self.positions, self.ln_f = model.positions(), norm(h.ln_f)
+        self.head = colours.view(LEVELS, -1, c.n_embd).mT.contiguous()  # (16, C, V / 16): in blocks as the others
+        self.layers = [(b.attn.kind, norm(b.ln_1), blocks(b.attn.c_attn, 3), linear(b.attn.c_proj), norm(b.ln_2), blocks(b.mlp.c_fc, 4), sum_of_blocks(b.mlp.c_proj, 4)) for b in h.h]
+        if c.neighbours:  # what the hidden layer of the stem gets from each colour as each neighbour, and its bias from the first of them
+            self.stem, self.stem_proj = h.stem.table(F.pad(colours, (0, 0, 0, 1))), linear(h.stem.c_proj)
+            self.stem[::c.neighbours] += h.stem.c_fc.bias
+            self.kth = torch.arange(c.neighbours, device=device)
+        if c.relative_colours:
+            self.rel_head = linear(model.rel_head)
+
+        # the pixels so far lie on a canvas, with V around the image and where none is yet
+        row = W + 6
+        self.pixels = torch.arange(H * W, device=device)
+        self.cells = (self.pixels // W + 3) * row + self.pixels % W + 3  # of each pixel
+        self.canvas = torch.full((B, (H + 3) * row + 1), V, device=device)
+        self.before = F.pad(self.cells[:-1], (1, 0))  # the cell of the pixel before
+        if c.reach:
+            self.before[::W] = 0  # the edge
+        self.around = self.cells[:, None] + torch.tensor([y * row + x for y, x in NEIGHBOURS[:max(c.neighbours, 2)]], device=device)  # cells, (H * W, K)
+
+        # keys and values (2, lanes, B * nh, keys, hs). A lane is what a pixel may attend to: all pixels (full), the row above and
+        # its own (local), or its column, where the columns of a wave lie side by side
+        lanes, keys = {'full': 1, 'local': H + 1, 'column': self.stride * self.diagonals}, {'full': c.block_size, 'local': 2 * W, 'column': H}
+        self.kv = [colours.new_zeros(2, lanes[kind] + 1, B * c.n_head, keys[kind], c.n_embd // c.n_head) for kind, *_ in self.layers]
+        # what attention adds to scores: local by column, column by row, (lanes, B * nh, 1, keys)
+        self.masks = {}
+        for attn in (b.attn for b in h.h if b.attn.kind != 'full'):
+            mask = attn.mask[0].expand(c.n_head, -1, -1).repeat(B, 1, 1).transpose(0, 1)[:, :, None]
+            self.masks[attn.kind] = mask.new_zeros(1 + lanes['column' if attn.kind == 'local' else 'local'], *mask.shape[1:])
+            self.masks[attn.kind][self.lanes_of_columns() if attn.kind == 'local' else slice(H)] = mask
+        # where a graph reads and writes what nobody looks at
+        self.unseen = {'pixel': 0, 'position': 0, 'cell': self.canvas.size(1) - 1, 'row': lanes['local'], 'below': lanes['local'], 'column': lanes['column'], 'x': 0, 'y': 0, 'own': 0}
+
+    def lanes_of_columns(self):
+        """Where each column lies, (W,): those that are stride apart follow each other from right to left, as a wave meets them."""
+        x = torch.arange(self.width, device=self.pixels.device)
+        return (x % self.stride + 1) * self.diagonals - 1 - x // self.stride
+
+    def waves(self, first):
+        """-> for every wave, less the pixels before first and beyond the image: ranges of where its parts lie, and how many pixels it has."""
+        W, stride = self.width, self.stride
+        for t in range(W + stride * (self.height - 1)):
+            (top, left), (bottom, right) = divmod(first, W), divmod(self.N - 1, W)
+            top = max(top + (t - stride * top < left), -(-(t - W + 1) // stride))
+            bottom = min(bottom - (t - stride * bottom > right), t // stride)
+            n, x = bottom - top + 1, t - stride * top  # (top, x) is its uppermost pixel
+            if n > 0:
+                parts = {'pixel': (top * W + x, W - stride), 'position': (top * W + x - self.shift, W - stride), 'cell': ((top + 3) * (W + 6) + x + 3, W + 6 - stride),
+                         'row': (top, 1), 'below': (top + 1, 1), 'y': (top, 1), 'column': ((x % stride + 1) * self.diagonals - 1 - x // stride, 1), 'x': (x, -stride), 'own': (W + x, -stride)}
+                yield {name: range(start, start + n * (step or 1), step or 1) for name, (start, step) in parts.items()}, n
+
+    def prefill(self, tokens):
+        """Keep prompts (B, T), and their keys and values."""
+        B, T = tokens.shape
+        if T:
+            self.canvas[:, self.cells[:T]] = tokens
+            new = []
+            self.model.features(F.pad(tokens, (0, 1)) if T < self.N else tokens, new)
+            for (kind, *_), qkv, kv in zip(self.layers, new, self.kv):
+                fresh = qkv[1:].unflatten(1, (B, -1)).transpose(1, 2).flatten(2, 3)  # (2, lanes, B * nh, length, hs)
+                count, length = fresh.size(1), fresh.size(3)
+                if kind == 'local':
+                    kv[:, :count, :, length:], kv[:, 1:count + 1, :, :length] = fresh, fresh
+                else:
+                    kv[:, self.lanes_of_columns() if kind == 'column' else slice(1), :, :length] = fresh
+
+    def paint(self, wave, seeds, draw):
+        """Draw the pixels of a wave, with seeds (B,) and draw(logits (n * B, V), noise (n * B, V)) -> tokens (n * B,)."""
+        logits = self.decode(wave)
+        noise = gumbel_noise(seeds, self.pixels[pick(wave['pixel'])], logits.size(-1)).flatten(0, 1)
+        self.canvas[:, pick(wave['cell'])] = draw(logits, noise).view(-1, self.B).t()
+
+    def painted(self):
+        """The images so far, (B, N)."""
+        return self.canvas[:, self.cells[:self.N]]
+
+    def decode(self, wave):
+        """A wave -> logits of its pixels, (n * B, V), those of an image next to those of the others."""
+        c, B, pixel = self.model.config, self.B, pick(wave['pixel'])
+        tokens = self.canvas.index_select(1, self.before[pixel])  # (B, n)
+        x = torch.embedding(self.wte, tokens.t()) + self.positions[pick(wave['position'])][:, None]
+        n = len(x)
+        x = x.view(n * B, -1)
+        if c.neighbours or c.relative_colours:
+            around = self.canvas.index_select(1, self.around[pixel].flatten()).view(B, n, -1).transpose(0, 1).reshape(n * B, -1)
+        if c.neighbours:
+            x = self.stem_proj(F.gelu(torch.embedding(self.stem, torch.add(self.kth, around[:, :c.neighbours], alpha=c.neighbours)).sum(1)), x)
+        for (kind, ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), kv in zip(self.layers, self.kv):
+            qkv = c_attn(ln_1(x)).view(3, n, B * self.n_head, -1)
+            x = attn_proj(self.attend(kind, qkv, kv, wave).view(n * B, -1), x)  # the heads side by side
+            x = mlp_proj(F.gelu(c_fc(ln_2(x)))).sum(0).add_(x)
+        x = self.ln_f(x)
+        logits = torch.bmm(x.expand(LEVELS, -1, -1), self.head).transpose(0, 1)  # (n * B, 16, V / 16)
+        if c.relative_colours:
+            return every_colour(self.model.relative_scores(self.rel_head(x), around)).add_(logits).flatten(1)
+        return logits.reshape(n * B, -1)
+
+    def attend(self, kind, qkv, kv, wave):
+        """Queries, keys and values of a wave (3, n, B * nh, hs) -> what attention gives, (n * B * nh, 1, hs); keys and values are kept."""
+        if kind == 'local':
+            store(kv, qkv[1:], wave['row'], wave['own'])
+            store(kv, qkv[1:], wave['below'], wave['x'])
+            lanes, mask = wave['row'], self.masks[kind][pick(wave['column'])].flatten(0, 1)
+        elif kind == 'column':
+            store(kv, qkv[1:], wave['column'], wave['y'])
+            lanes, mask = wave['column'], self.masks[kind][pick(wave['row'])].flatten(0, 1)
+        else:  # one pixel, and all positions so far
+            lanes, mask = range(1), self.head.new_zeros(1, 1, 1)
+            store(kv, qkv[1:], lanes if isinstance(wave['position'], range) else torch.zeros_like(wave['position']), wave['position'])
+        k, v = kv[:, pick(lanes)].flatten(1, 2)  # (n * B * nh, keys, hs)
+        if kind == 'full' and isinstance(wave['position'], range):
+            k, v = k[:, :wave['position'].stop], v[:, :wave['position'].stop]
+        elif kind == 'full':  # a graph looks at all of them
+            mask = torch.where(torch.arange(k.size(1), device=k.device) > wave['position'], -math.inf, 0.0).to(k.dtype)
+        q = qkv[0].reshape(len(k), 1, -1)
+        scores = torch.baddbmm(mask, q, k.mT, alpha=q.size(2) ** -0.5)  # (n * B * nh, 1, keys)
+        return torch.bmm(scores.softmax(-1), v)
+
+
+def store(kv, new, lanes, slots):
+    """Keys and values of a wave, (2, n, B * nh, hs), into those of a layer: one slot of each of n lanes."""
+    if isinstance(lanes, range):
+        both, lane, head, slot, one = kv.stride()
+        kv.as_strided(new.shape, (both, lane + slots.step * slot, head, one), lanes.start * lane + slots.start * slot).copy_(new)
+    else:
+        kv[:, lanes, :, slots] = new.transpose(0, 1)
+
+
+def pick(where):
+    """A range as a slice, for a view; the numbers of a graph, a tensor, as they are."""
+    return slice(where.start, where.stop, where.step) if isinstance(where, range) else where
+
+
+def every_colour(levels):
+    """A number for each red, green and blue level, (n, 48) -> the sum of three for each colour, (n, 16, 256)."""
+    red, green, blue = levels.view(-1, 3, LEVELS).unbind(1)
+    return red[:, :, None] + (green[:, :, None] + blue[:, None]).flatten(1)[:, None]
+
+
+def norm(module):
+    """A LayerNorm as a plain function: for one pixel, what a module adds to a call would be half of its time."""
+    weight, bias = module.weight, module.bias
+    return lambda x: torch.layer_norm(x, weight.shape, weight, bias)
+
+
+def blocks(module, count):
+    """An nn.Linear as a function of (n, in) to (count, n, out / count): on a CPU products of a few rows are faster in blocks."""
+    weight = module.weight.view(count, -1, module.in_features).mT.contiguous()  # (count, in, out / count)
+    bias = None if module.bias is None else module.bias.view(count, 1, -1)
+    return lambda x: torch.bmm(x.expand(count, -1, -1), weight) if bias is None else torch.baddbmm(bias, x.expand(count, -1, -1), weight)
+
+
+def sum_of_blocks(module, count):
+    """An nn.Linear as a function of (count, n, in / count) to (count, n, out), which are to be added up."""
+    weight = module.weight.t().reshape(count, -1, module.out_features)
+    bias = None if module.bias is None else F.pad(module.bias[None, None], (0, 0, 0, 0, 0, count - 1))
+    return lambda x: torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
+
+
+def linear(module):
+    """An nn.Linear as a plain function of (B, in), plus a residual (B, out); its weights as (in, out), which a few rows are multiplied with faster."""
+    weight, bias = module.weight.t().contiguous(), module.bias
+
+    def apply(x, residual=None):
+        add = bias if residual is None else residual if bias is None else residual + bias
+        return torch.mm(x, weight) if add is None else torch.addmm(add, x, weight)
+    return apply
+
+
+def images_at_once(model):
+    """How many images are painted side by side: on CUDA as many as half of the free memory holds, else eight.
+
+    What does not fit into the caches of a CPU is read from main memory for every wave, and larger batches gain nothing.
+    """
+    config, weight = model.config, model.lm_head.weight
+    if weight.device.type != 'cuda':
+        return 8
+    # keys and values, twice for local attention; noise and logits of a wave
+    image = 4 * config.n_layer * config.block_size * config.n_embd * weight.itemsize + 48 * config.vocab_size * -(-config.width // wave_stride(config))
+    # attention takes up to 65,535 sequences, and prompts are made of rows and columns
+    return max(1, min(torch.cuda.mem_get_info(weight.device)[0] // 2 // image, 65_535 // config.width))
+
+
+@contextmanager
+def painting(model, batch):
+    """No gradients, no dropout, no autocast, no TF32: the same picture on every device, up to rounding. On a CPU few threads, for one pixel is little work to share: two for one image, else at
+    most one an image; and no oneDNN, which takes five times as long for so few numbers."""
+    training, threads, mkldnn, precision = model.training, torch.get_num_threads(), torch.backends.mkldnn.enabled, torch.get_float32_matmul_precision()
+    model.eval()
+    torch.set_float32_matmul_precision('highest')
+    torch.set_num_threads(min(threads, max(batch, 2)))
+    torch.backends.mkldnn.enabled = False
+    try:
+        with torch.inference_mode(), torch.autocast(model.lm_head.weight.device.type, enabled=False):
+            yield
+    finally:
+        model.train(training)
+        torch.set_num_threads(threads)
+        torch.backends.mkldnn.enabled = mkldnn
+        torch.set_float32_matmul_precision(precision)
+
+
+def restrict(logits, temperature=1.0, top_k=None, top_p=None):
+    """(B, V) logits -> those to draw from, in float32, -inf where a colour is left out.
+
+    temperature divides the logits; 0 leaves the likeliest colour alone. top_k keeps the k likeliest colours; top_p
+    (nucleus sampling, arXiv 1904.09751) then the fewest likeliest ones that together reach the probability top_p.
+    """
+    logits = logits.float()
+    if temperature == 0:
+        return torch.full_like(logits, -math.inf).scatter_(-1, logits.argmax(-1, keepdim=True), 0)
+    if temperature != 1:
+        logits = logits / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    if top_p is not None and top_p < 1:
+        probs = logits.softmax(-1)
+        ranked = probs.sort(-1, descending=True).values
+        kept = ranked.cumsum(-1) - ranked < top_p  # the probability of all likelier ones falls short of top_p
+        least = ranked.masked_fill(~kept, math.inf).amin(-1, keepdim=True)
+        logits = logits.masked_fill(probs < least, -math.inf)
+    return logits
+
+
+def choose(logits, noise):
+    """(B, V) logits and Gumbel noise (B, V) -> (B,) tokens, each colour with its softmax probability (the Gumbel-max trick).
+
+    Nothing is summed up over the colours, so that logits that differ in their last bits draw another colour in one of a
+    million pixels.
+    """
+    return (logits + noise).max(-1).indices
+
+
+def gumbel_noise(seeds, pixels, V):
+    """Noise of some pixels (n,) of images, each with its seed (B,) -> (n, B, V), Gumbel distributed.
+
+    Stateless: a number is a function of seed, pixel and colour alone, on any device. SplitMix64 (Steele et al. 2014).
+    """
+    step = -0x61C8864680B583EB  # all of this modulo 2 ** 64
+    x = (pixels[:, None] * V * step + seeds)[:, :, None] + torch.arange(V, device=seeds.device) * step  # (n, B, V)
+    x.bitwise_xor_((x >> 30).bitwise_and_(2 ** 34 - 1)).mul_(-0x40A7B892E31B1A47)  # >> copies the sign: & takes it away
+    x.bitwise_xor_((x >> 27).bitwise_and_(2 ** 37 - 1)).mul_(-0x6B2FB644ECCEEE15)
+    # 23 bits and a half: 24 would round up to 1, the noise of which is infinite
+    uniform = torch.add(2 ** -24, x.bitwise_right_shift_(41).bitwise_and_(2 ** 23 - 1).float(), alpha=2 ** -23)
+    return uniform.log_().neg_().log_().neg_()
+
+# -----------------------------------------------------------------------------
+# the command
 
 
 def read_picture(path, size):
@@ -51,16 +422,15 @@ def paint(model, prompt, args):
                                       generator=generator, progress=bar.update).cpu().numpy()
 
 
-def page(images, pixels, shape, scale, whole=None):
-    """Images, each (tokens_per_image,), with only so many of their first pixels, the rest grey -> a sheet as PIL image.
+def page(images, painted, shape, scale, whole=None):
+    """Images, each (tokens_per_image,), with those pixels that are painted, (tokens_per_image,) bool, the rest grey -> a sheet as PIL image.
 
     A completion is shown in one row, between its context and the whole original (tokens, with their number in context).
     """
-    standing = np.arange(len(images[0]))
-    shown = [np.where(standing < pixels, image, GREY) for image in images]
+    shown = [np.where(painted, image, GREY) for image in images]
     if whole is not None:
         original, context = whole
-        shown = [np.where(standing < context, original, GREY), *shown, original]
+        shown = [np.where(np.arange(len(original)) < context, original, GREY), *shown, original]
     return extras.sheet([extras.to_image(tokens.reshape(shape), scale) for tokens in shown], len(shown) if whole is not None else None)
 
 
@@ -115,10 +485,13 @@ def main(argv=None):
         if i == 0:
             tqdm.write(f'wrote {path}')
     if path != args.out:
-        extras.save_picture(page(images, height * width, shape, args.scale, whole), args.out)
+        extras.save_picture(page(images, True, shape, args.scale, whole), args.out)
         print(f'wrote {path}, the last of {len(images)}, and {args.out}')
     if args.gif:
-        frames = [page(images, pixels, shape, args.scale, whole) for pixels in (*range(len(prompt), height * width, width), height * width)]
+        pixels = np.arange(height * width)
+        waves = pixels % width + wave_stride(model.config) * (pixels // width)
+        times = np.linspace(waves[len(prompt):].min(), waves.max() + 1, height + 1)
+        frames = [page(images, (waves < time) | (pixels < len(prompt)), shape, args.scale, whole) for time in times]
         extras.save_picture(frames[0], stem + '.gif', save_all=True, append_images=frames[1:], duration=[60] * (len(frames) - 1) + [2000], loop=0)
         print(f'wrote {stem}.gif')
 

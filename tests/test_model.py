@@ -10,7 +10,8 @@ from torch.nn import functional as F
 import extras
 import prepare
 from conftest import ROOT
-from model import AHEAD, NEIGHBOURS, Decoder, GPT, GPTConfig, choose, gumbel_noise, orthogonalise, paint_ahead, paint_cached, paint_on_cuda, painting, restrict
+from model import NEIGHBOURS, GPT, GPTConfig, orthogonalise
+from sample import Decoder, choose, gumbel_noise, paint_graphs, paint_waves, restrict
 
 SIDE = 12
 TOKENS = SIDE * SIDE
@@ -299,8 +300,34 @@ def paints_as_the_plain_loop_does(kind, batch, options):
 
 
 @kinds
-def test_the_cache_changes_no_token(kind):
-    paints_as_the_plain_loop_does(kind, 1, {})  # several pixels a pass; more images in one batch below
+@pytest.mark.parametrize('batch', [1, 3])
+def test_the_cache_changes_no_token(kind, batch):
+    paints_as_the_plain_loop_does(kind, batch, {})
+
+
+@pytest.mark.parametrize('reach', [2, 5, SIDE + 3])
+def test_waves_paint_what_the_plain_loop_paints_whatever_is_given_and_asked_for(reach):
+    model = small('reach', reach=reach, std=0.2)
+    paint = lambda *args, **options: model.generate(*args, generator=torch.Generator().manual_seed(3), **options)
+    for given in (0, 1, 5, SIDE - 1, SIDE, SIDE + 5, 5 * SIDE, TOKENS - 1):  # nothing, parts of rows, rows, all but a pixel
+        prompt = images(2)[:, :given]
+        for new in (None, 3, 20):
+            if new is None or given + new <= TOKENS:
+                assert paint(prompt, new).equal(paint(prompt, new, use_cache=False)), (given, new)
+
+
+def test_pixels_of_a_wave_lie_on_a_diagonal_and_every_pixel_in_one():
+    for reach, first, count in ((2, 0, TOKENS), (2, 17, 100), (5, 3, TOKENS), (0, 20, 50)):
+        decoder, painted = Decoder(small('reach', reach=reach), 1, count), set(range(first))
+        for wave, n in decoder.waves(first):
+            pixels = set(wave['pixel'])
+            assert len(pixels) == n and not painted & pixels
+            assert len({pixel % SIDE + (reach + 1 if reach else SIDE) * (pixel // SIDE) for pixel in pixels}) == 1
+            for y, x in (divmod(pixel, SIDE) for pixel in pixels):  # whatever it may look at is there
+                assert all(v * SIDE + u in painted for v in range(y) for u in range(SIDE) if u <= x + reach * (y - v)) or not reach
+                assert all(y * SIDE + u in painted for u in range(x))
+            painted |= pixels
+        assert painted == set(range(count))
 
 
 @pytest.mark.parametrize('batch', [1, 8])
@@ -312,48 +339,28 @@ def test_the_cache_changes_no_token_with_any_option(batch, options):
 @kinds
 def test_cached_logits_are_those_of_whole_images(kind):
     model, tokens = small(kind, std=0.2), images(3)
-    whole = model.logits(tokens)[:, -TOKENS + 20:]  # of the pixels from the 20th on
-    with torch.no_grad():
-        decoder = Decoder(model, 3, AHEAD)
-        steps, i = [decoder.prefill(tokens[:, :20])[:, None]], 20  # a prompt at once, then one pixel or up to AHEAD in a pass, in one row
-        while i < TOKENS - 1:
-            W = min(1 + i % AHEAD, SIDE - (i + 1) % SIDE, TOKENS - 1 - i)
-            decoder.decode(tokens[:, i:i + W].flip(1), i + 1)  # guesses that were wrong leave nothing behind
-            steps.append(decoder.decode(tokens[:, i:i + W], i + 1))
-            i += W
-    assert (torch.cat(steps, dim=1) - whole).abs().max() < 1e-4
-
-
-def test_where_only_the_neighbours_count_a_pixel_tells_the_next_ones():
-    model, tokens = small('relative'), torch.randint(4096, (1, TOKENS))
-    torch.nn.init.zeros_(model.transformer.wte.weight)
-    torch.nn.init.normal_(model.rel_head.bias)
-    whole = model.logits(tokens)[0]
-    with torch.no_grad():
-        decoder = Decoder(model, 1, 3)
-        decoder.prefill(tokens[:, :14])
-        logits = decoder.decode(tokens[:, 14:16], 15)[0]  # of the pixels 15 and 16
-        moved = decoder.moved(logits[1:], 1, tokens[:, 16:19], 17)
-    assert (moved - whole[17:20]).abs().max() < 1e-4 < (logits[1] - whole[17:20]).abs().amax(-1).min()
-
-
-def test_most_guesses_are_right():
-    model = extras.build_model(extras.load_checkpoint(str(ROOT / 'out' / 'ckpt6000.pt')), '', 'cpu')
-    pixels, draw = torch.zeros(1, 1024, dtype=torch.long), lambda logits, noise: choose(restrict(logits), noise)
-    with painting(model, 1):
-        passes = [sum(1 for _ in paint_ahead(model, pixels, torch.tensor([seed]), draw, 0)) for seed in range(2)]
-    assert sum(passes) < 0.3 * 2 * 1024  # 0.28; with guesses beside the neighbours of another pixel 0.31
+    whole = model.logits(tokens)
+    for first in (20, 5 * SIDE):  # a prompt at once, then wave after wave
+        with torch.no_grad():
+            decoder = Decoder(model, *tokens.shape)
+            decoder.prefill(tokens[:, :first])
+            for wave, n in decoder.waves(first):
+                pixels = torch.tensor([*wave['pixel']])
+                logits = decoder.decode(wave).view(n, 3, -1).transpose(0, 1)
+                assert (logits - whole[:, pixels - int(kind == 'ancestor')]).abs().max() < 1e-4
+                decoder.canvas[:, decoder.cells[pixels]] = tokens[:, pixels]
+        assert decoder.painted().equal(tokens)
 
 
 @kinds
 def test_the_steps_of_a_graph_paint_the_same(kind):
-    # all of paint_on_cuda but the capture: positions that are tensors, and masks
+    # all of paint_graphs but the capture: numbers that are tensors, and waves that are all as long
     model = small(kind, std=0.2)
     draw = lambda logits, noise: choose(restrict(logits, top_p=0.95), noise)
     seeds = torch.tensor([4, 5])
     for first in (int(kind == 'ancestor'), 1, 50):
         painted = []
-        for paint in (paint_cached, paint_on_cuda):
+        for paint in (paint_waves, paint_graphs):
             image = images(2)
             image[:, first:] = 0
             with torch.no_grad():
@@ -387,7 +394,7 @@ def test_a_gpu_draws_at_every_pixel_what_a_cpu_would_draw():
     seeds, model = torch.randint(2 ** 62, (4,), generator=torch.Generator().manual_seed(3)), model.cpu()
     with torch.no_grad():
         for pixel, logits in enumerate(model.logits(painted).unbind(1)):
-            scores = logits + gumbel_noise(seeds, pixel, 1, 4096)[0]
+            scores = logits + gumbel_noise(seeds, torch.tensor([pixel]), 4096)[0]
             behind = scores.amax(-1) - scores.gather(1, painted[:, pixel:pixel + 1])[:, 0]
             assert behind.max() < 1e-3, (pixel, behind)
 
@@ -459,23 +466,23 @@ def test_top_k_and_top_p_keep_the_likeliest():
 
 def test_colours_are_drawn_as_often_as_they_are_likely():
     probs = torch.tensor([0.1, 0.0, 0.6, 0.3, 0.0]).expand(1000, 5)
-    drawn = torch.cat([choose(probs.log(), noise) for noise in gumbel_noise(torch.arange(1000), 0, 100, 5)])
+    drawn = torch.cat([choose(probs.log(), noise) for noise in gumbel_noise(torch.arange(1000), torch.arange(100), 5)])
     share = torch.bincount(drawn, minlength=5) / 100_000
     assert share[1] == 0 and share[4] == 0 and (share - probs[0]).abs().max() < 0.006
 
 
 def test_the_noise_is_gumbels_independent_and_stateless():
     seeds = torch.tensor([1, 2, 2 ** 62 - 1])
-    noise = gumbel_noise(seeds, 10, 20, 4096)  # (20, 3, 4096)
+    noise = gumbel_noise(seeds, torch.arange(10, 30), 4096)  # (20, 3, 4096)
     assert noise.shape == (20, 3, 4096) and noise.isfinite().all()
     for at in (-1.0, 0.0, 1.0, 4.0):
         assert (noise < at).float().mean() == pytest.approx(math.exp(-math.exp(-at)), abs=0.004)
     level = (noise > -math.log(math.log(2))).float() - 0.5  # a bit each: no two pixels, images or neighbouring colours know of each other
     for other in (level.roll(1, 0), level.roll(1, 1), level.roll(1, 2), level.roll(7, 2)):
         assert (level * other).mean().abs() < 0.002
-    assert gumbel_noise(seeds[1:], 15, 2, 4096).equal(noise[5:7, 1:])
+    assert gumbel_noise(seeds[1:], torch.arange(15, 17), 4096).equal(noise[5:7, 1:])
     # SplitMix64's published first number from state 1234567, which is its seed plus one step
-    uniform = (-(-gumbel_noise(torch.tensor([1234567]), 0, 1, 4)[0, 0, 1].double()).exp()).exp()
+    uniform = (-(-gumbel_noise(torch.tensor([1234567]), torch.tensor([0]), 4)[0, 0, 1].double()).exp()).exp()
     assert uniform.item() * 2 ** 64 == pytest.approx(6457827717110365317, rel=2 ** -20)
 
 
@@ -483,5 +490,5 @@ def test_no_number_of_an_image_is_without_bounds():
     # a uniform number that rounds up to 1 drew one pixel of most images at random, whatever the model thought of it
     for seed in (0, 1, 5):
         for first in range(0, 4096, 256):
-            least, most = gumbel_noise(torch.tensor([seed]), first, 256, 4096).aminmax()
+            least, most = gumbel_noise(torch.tensor([seed]), torch.arange(first, first + 256), 4096).aminmax()
             assert -3 < least and most < 18
