@@ -8,6 +8,7 @@
 import itertools
 import math
 import os
+import time
 from contextlib import contextmanager
 
 import numpy as np
@@ -50,7 +51,7 @@ def generate(model, tokens, max_new_tokens=None, *, temperature=1.0, top_k=None,
     paint = paint_plainly if not use_cache else paint_graphs if device.type == 'cuda' else paint_waves
     with painting(model, batch):
         for part, part_seeds in zip(images.split(batch), seeds.split(batch)) if new else ():  # views: painting a part writes into images
-            for pixels in paint(model, part, part_seeds, draw, T):
+            for pixels in faster(paint(model, part, part_seeds, draw, T), torch.get_num_threads()):
                 if progress:
                     progress(len(part) * pixels)
     return images
@@ -322,6 +323,30 @@ def images_at_once(model):
     image = 4 * config.n_layer * config.block_size * config.n_embd * weight.itemsize + 48 * config.vocab_size * -(-config.width // wave_stride(config))
     # attention takes up to 65,535 sequences, and prompts are made of rows and columns
     return max(1, min(torch.cuda.mem_get_info(weight.device)[0] // 2 // image, 65_535 // config.width))
+
+
+def faster(steps, threads, few=12):
+    """Go through an iterator with so many threads, but from where a few steps take longer than with one: with one.
+
+    On a busy machine threads wait for each other, and two take up to twenty times as long as one.
+    """
+    steps, seconds = iter(steps), []
+    if threads > 1:
+        torch.set_num_threads(1)
+        yield from itertools.islice(steps, 5 * few)  # the first waves are short
+        for pixels in itertools.islice(steps, few):
+            seconds.append(time.perf_counter())
+            yield pixels
+        torch.set_num_threads(threads)
+        began = time.perf_counter()
+        for i, pixels in enumerate(steps, 1):
+            yield pixels
+            if time.perf_counter() - began > 1.1 * (seconds[-1] - seconds[0]):
+                break
+            if i % few == 0:
+                began = time.perf_counter()
+        torch.set_num_threads(1)
+    yield from steps
 
 
 @contextmanager
