@@ -325,7 +325,7 @@ def images_at_once(model):
     return max(1, min(torch.cuda.mem_get_info(weight.device)[0] // 2 // image, 65_535 // config.width))
 
 
-def faster(steps, threads, few=12):
+def faster(steps, threads, few=8):
     """Go through an iterator with so many threads, but from where a few steps take longer than with one: with one.
 
     On a busy machine threads wait for each other, and two take up to twenty times as long as one.
