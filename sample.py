@@ -49,9 +49,9 @@ def generate(model, tokens, max_new_tokens=None, *, temperature=1.0, top_k=None,
     draw = lambda logits, noise: choose(restrict(logits, temperature, top_k, top_p), noise)
     batch = min(B, images_at_once(model))
     paint = paint_plainly if not use_cache else paint_graphs if device.type == 'cuda' else paint_waves
-    with painting(model, batch):
+    with painting(model):
         for part, part_seeds in zip(images.split(batch), seeds.split(batch)) if new else ():  # views: painting a part writes into images
-            for pixels in faster(paint(model, part, part_seeds, draw, T), torch.get_num_threads()):
+            for pixels in paint(model, part, part_seeds, draw, T):
                 if progress:
                     progress(len(part) * pixels)
     return images
@@ -73,7 +73,7 @@ def paint_waves(model, images, seeds, draw, first):
     """The same image, all pixels of a wave at a time, on a CPU."""
     decoder = Decoder(model, *images.shape)
     decoder.prefill(images[:, :first])
-    for wave, pixels in decoder.waves(first):
+    for wave, pixels in adapt_threads(decoder.waves(first), min(torch.get_num_threads(), 2 * len(images))):
         decoder.paint(wave, seeds, draw)
         yield pixels
     images.copy_(decoder.painted())
@@ -325,38 +325,36 @@ def images_at_once(model):
     return max(1, min(torch.cuda.mem_get_info(weight.device)[0] // 2 // image, 65_535 // config.width))
 
 
-def faster(steps, threads, few=8):
-    """Go through an iterator with so many threads, but from where a few steps take longer than with one: with one.
+def adapt_threads(waves, threads, few=8):
+    """Yield waves, and go through them with so many threads, but from where a few take longer than with one thread: with one.
 
     On a busy machine threads wait for each other, and two take up to twenty times as long as one.
     """
-    steps, seconds = iter(steps), []
+    waves, times = iter(waves), []
     if threads > 1:
         torch.set_num_threads(1)
-        yield from itertools.islice(steps, 5 * few)  # the first waves are short
-        for pixels in itertools.islice(steps, few):
-            seconds.append(time.perf_counter())
-            yield pixels
+        yield from itertools.islice(waves, 5 * few)  # the first ones are short
+        for wave in itertools.islice(waves, few):
+            times.append(time.perf_counter())
+            yield wave
         torch.set_num_threads(threads)
         began = time.perf_counter()
-        for i, pixels in enumerate(steps, 1):
-            yield pixels
-            if time.perf_counter() - began > 1.1 * (seconds[-1] - seconds[0]):
+        for i, wave in enumerate(waves, 1):
+            yield wave
+            if time.perf_counter() - began > 1.1 * (times[-1] - times[0]):
                 break
             if i % few == 0:
                 began = time.perf_counter()
         torch.set_num_threads(1)
-    yield from steps
+    yield from waves
 
 
 @contextmanager
-def painting(model, batch):
-    """No gradients, no dropout, no autocast, no TF32: the same picture on every device, up to rounding. On a CPU few threads, for one pixel is little work to share: two for one image, else at
-    most one an image; and no oneDNN, which takes five times as long for so few numbers."""
+def painting(model):
+    """No gradients, no dropout, no autocast, no TF32: the same picture on every device, up to rounding. No oneDNN, which takes five times as long for so few numbers."""
     training, threads, mkldnn, precision = model.training, torch.get_num_threads(), torch.backends.mkldnn.enabled, torch.get_float32_matmul_precision()
     model.eval()
     torch.set_float32_matmul_precision('highest')
-    torch.set_num_threads(min(threads, max(batch, 2)))
     torch.backends.mkldnn.enabled = False
     try:
         with torch.inference_mode(), torch.autocast(model.lm_head.weight.device.type, enabled=False):

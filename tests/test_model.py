@@ -12,7 +12,7 @@ import extras
 import prepare
 from conftest import ROOT
 from model import NEIGHBOURS, GPT, GPTConfig, orthogonalise
-from sample import Decoder, choose, faster, gumbel_noise, paint_graphs, paint_waves, restrict
+from sample import Decoder, adapt_threads, choose, gumbel_noise, paint_graphs, paint_waves, restrict
 
 SIDE = 12
 TOKENS = SIDE * SIDE
@@ -410,18 +410,15 @@ def test_graphs_paint_what_the_plain_loop_paints(kind):
 
 @pytest.mark.parametrize('slow', [1, 2])
 def test_a_picture_is_painted_with_the_number_of_threads_that_is_faster(slow):
-    def steps():
-        for i in range(200):
-            time.sleep(0.003 if torch.get_num_threads() == slow else 0.001)  # two threads: slow on a busy machine, fast on an idle one
-            used.append(torch.get_num_threads())
-            yield i
-
     threads, used = torch.get_num_threads(), []
     try:
-        assert list(faster(steps(), 2)) == list(range(200))
-        assert used[0] == 1 and 2 in used and used[-1] == 3 - slow and used.count(slow) < 100
-        used.clear()
-        assert list(faster(steps(), 1)) == list(range(200)) and len(set(used)) == 1
+        for most in (2, 1):
+            for i, wave in enumerate(adapt_threads(range(200), most)):
+                assert wave == i
+                time.sleep(0.003 if torch.get_num_threads() == slow else 0.001)  # two threads: slow on a busy machine, fast on an idle one
+                used.append(torch.get_num_threads())
+        assert used[0] == 1 and 2 in used and used[199] == 3 - slow and used[:200].count(slow) < 100
+        assert len(set(used[200:])) == 1
     finally:
         torch.set_num_threads(threads)
 
