@@ -407,7 +407,7 @@ def gumbel_noise(seeds, pixels, V):
     x.bitwise_xor_((x >> 30).bitwise_and_(2 ** 34 - 1)).mul_(-0x40A7B892E31B1A47)  # >> copies the sign: & takes it away
     x.bitwise_xor_((x >> 27).bitwise_and_(2 ** 37 - 1)).mul_(-0x6B2FB644ECCEEE15)
     # 23 bits and a half: 24 would round up to 1, the noise of which is infinite
-    uniform = torch.add(2 ** -24, x.bitwise_right_shift_(41).bitwise_and_(2 ** 23 - 1).float(), alpha=2 ** -23)
+    uniform = x.bitwise_right_shift_(41).bitwise_and_(2 ** 23 - 1).float().add_(0.5).mul_(2 ** -23)
     return uniform.log_().neg_().log_().neg_()
 
 # -----------------------------------------------------------------------------
