@@ -1,8 +1,7 @@
 """The GPT that paints: nanoGPT's transformer over the pixels of an image in raster order.
 
-The architecture and its names are GPT-2's, as in Andrej Karpathy's nanoGPT (github.com/karpathy/nanoGPT). A learned start
-embedding stands before the first pixel, so that every pixel of an image is predicted, the first one too, and a whole image
-has a likelihood.
+The architecture and its names are GPT-2's, as in Andrej Karpathy's nanoGPT (github.com/karpathy/nanoGPT). A learned
+start embedding stands before the first pixel, so that every pixel is predicted, and a whole image has a likelihood.
 
     position      0       1       2     ...   4095
     input       start  pixel 0 pixel 1  ... pixel 4094
@@ -21,8 +20,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-# cuDNN's attention, PyTorch's first choice on Hopper, gives NaN gradients with some masks (pytorch issue 196678) and plans for
-# half a second at every new shape; the flash and memory-efficient kernels do neither
+# cuDNN's attention, PyTorch's first choice on Hopper, gives NaN gradients with some masks (pytorch issue 196678) and
+# plans for half a second at every new shape; the flash and memory-efficient kernels do neither
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 LEVELS = 16  # of a channel: a colour is red * 256 + green * 16 + blue
@@ -47,9 +46,9 @@ class GPTConfig:
     row_column_positions: bool = False  # an embedding of the row plus one of the column, not one of each position
     neighbours: int = 0  # so many known pixels around the predicted one go through a small MLP into the first block
     factorised_colours: bool = False  # a colour's vector is its own plus one for each of its red, green and blue levels
-    relative_colours: bool = False  # logits also depend on how much each channel differs from the pixels to the left and above
-    attention: str = 'full'  # of the layers, in turn: full, local (its row and the one above) or column, as in 'local column'
-    reach: int = 0  # local attention sees the row above up to so many columns to the right, and rows begin with the start embedding; 0: all of it
+    relative_colours: bool = False  # logits also depend on how much each channel differs from the left and upper pixel
+    attention: str = 'full'  # of the layers, in turn: full, local (its row and the one above) or column: 'local column'
+    reach: int = 0  # local attention sees the row above up to so many columns to the right (0: all); rows begin anew
     alibi: bool = False  # local and column attention fade with distance, at another rate for each head
 
     @property
@@ -59,22 +58,28 @@ class GPTConfig:
     @property
     def multiple(self):
         """What the pixels come in: whole rows if it sees in two dimensions."""
-        return self.width if self.row_column_positions or self.neighbours or self.relative_colours or set(self.attention.split()) != {'full'} else 1
+        flat = not (self.row_column_positions or self.neighbours or self.relative_colours)
+        return 1 if flat and set(self.attention.split()) == {'full'} else self.width
 
     def __post_init__(self):
         kinds = self.attention.split()
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} cannot be shared by n_head={self.n_head} heads: make it a multiple')
         if not kinds or set(kinds) - {'full', 'local', 'column'}:
-            raise ValueError(f"attention={self.attention!r}: name the layers' kinds, full, local or column, as in 'local column'")
+            raise ValueError(f"attention={self.attention!r}: name the layers' kinds, full, local or column, "
+                             "as in 'local column'")
         if not 0 <= self.neighbours <= len(NEIGHBOURS):
             raise ValueError(f'neighbours={self.neighbours}: give a number from 0 to {len(NEIGHBOURS)}')
         if self.multiple > 1 and not self.start_embedding:
-            raise ValueError('row_column_positions, neighbours, relative_colours and attention other than full need start_embedding=True')
+            raise ValueError('row_column_positions, neighbours, relative_colours and attention other than full '
+                             'need start_embedding=True')
         if self.reach < 0 or self.reach and 'full' in kinds:
-            raise ValueError(f'reach={self.reach}: give 0, or how many columns to the right local attention sees; full attention sees everything')
-        if self.reach and (wide := next((i for i, (row, column) in enumerate(NEIGHBOURS[:self.neighbours]) if column > -row * self.reach), None)) is not None:
-            raise ValueError(f'neighbours={self.neighbours}: of these, only {wide} lie within reach={self.reach}; raise it or take fewer')
+            raise ValueError(f'reach={self.reach}: give 0, or how many columns to the right local attention sees; '
+                             'full attention sees everything')
+        outside = [i for i, (row, column) in enumerate(NEIGHBOURS[:self.neighbours]) if column > -row * self.reach]
+        if self.reach and outside:
+            raise ValueError(f'neighbours={self.neighbours}: of these, only {outside[0]} lie within '
+                             f'reach={self.reach}; raise it or take fewer')
         if self.block_size % self.multiple:
             raise ValueError(f'{self.block_size} pixels have to be whole rows of {self.width}')
 
@@ -85,10 +90,11 @@ def recomputed(function, x):
 
 
 class CausalSelfAttention(nn.Module):
-    """Attention over all earlier positions (full), over those of the same row and all of the row above (local), or of the same column (column).
+    """Attention over all earlier positions (full), those of its row and the one above (local), or those of its column.
 
-    Strided attention as in the Sparse Transformer (Child et al. 2019, arXiv 1904.10509), by reshaping into lanes of positions:
-    rows or columns. With ALiBi (Press et al. 2021, arXiv 2108.12409) a score is less by slope * (rows + columns in between).
+    Strided attention as in the Sparse Transformer (Child et al. 2019, arXiv 1904.10509), by reshaping into lanes of
+    positions: rows or columns. With ALiBi (Press et al. 2021, arXiv 2108.12409) a score is less by slope * (rows +
+    columns in between).
     """
 
     def __init__(self, config, kind):
@@ -101,15 +107,17 @@ class CausalSelfAttention(nn.Module):
         self.kind, self.width = kind, config.width
         if kind == 'full':
             self.mask = None  # causal
-        else:  # (1, 1 or nh, length, keys), added to the scores; with fewer dimensions attention would take a slow path on a CPU
+        else:  # (1, 1 or nh, length, keys), added to the scores; with fewer dimensions a CPU would take a slow path
             length = self.width if kind == 'local' else config.block_size // self.width
             away = torch.arange(length)[:, None] - torch.arange(length)  # (length, length), below 0 what comes later
             distance, seen = away.abs(), away >= 0
             if kind == 'local':  # the row above comes before the row itself
                 above = away >= -config.reach if config.reach else torch.ones_like(seen)
                 distance, seen = torch.cat((distance + 1, distance), dim=1), torch.cat((above, seen), dim=1)
-            slopes = 8 * 0.5 ** (8 / config.n_head * torch.arange(1, config.n_head + 1)) if config.alibi else torch.zeros(1)
-            self.register_buffer('mask', torch.where(seen, -slopes[None, :, None, None] * distance, -math.inf), persistent=False)
+            heads = torch.arange(1, config.n_head + 1)
+            slopes = 8 * 0.5 ** (8 / config.n_head * heads) if config.alibi else torch.zeros(1)
+            mask = torch.where(seen, -slopes[None, :, None, None] * distance, -math.inf)
+            self.register_buffer('mask', mask, persistent=False)
 
     def forward(self, x, kv=None):
         """(B, P, C) -> (B, P, C). kv: a list that receives queries, keys and values, (3, B * lanes, nh, length, hs)."""
@@ -117,17 +125,20 @@ class CausalSelfAttention(nn.Module):
         if self.kind == 'column':
             x = x.view(B, -1, self.width, C).transpose(1, 2)  # (B, width, height, C)
         length = {'full': P, 'local': self.width, 'column': P // self.width}[self.kind]
-        qkv = self.c_attn(x).reshape(-1, length, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B * lanes, nh, length, hs)
+        qkv = self.c_attn(x).reshape(-1, length, 3, self.n_head, C // self.n_head)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B * lanes, nh, length, hs)
         if kv is not None:
             kv.append(qkv)
         # on a CPU in float32, where the gradient is five times slower in bfloat16
         with nullcontext() if x.is_cuda else torch.autocast('cpu', enabled=False):
             q, k, v = qkv if x.is_cuda else qkv.to(x.dtype)
-            if self.kind == 'local':  # zeros above the first row
-                k, v = (torch.cat((F.pad(t.unflatten(0, (B, -1)), (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1].flatten(0, 1), t), dim=2) for t in (k, v))
+            if self.kind == 'local':  # the row above, zeros above the first one, before the row itself
+                above = lambda t: F.pad(t.unflatten(0, (B, -1)), (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1].flatten(0, 1)
+                k, v = (torch.cat((above(t), t), dim=2) for t in (k, v))
             mask = None if self.mask is None else self.mask[..., :length, :k.size(2)].to(q.dtype)
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.dropout if self.training else 0.0, is_causal=mask is None)
-        y = self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # (B * lanes, length, C), the heads side by side
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=mask is None)
+        y = self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # (B * lanes, length, C), heads side by side
         if self.kind == 'column':
             y = y.view(B, self.width, -1, C).transpose(1, 2)
         return y.reshape(B, P, C)
@@ -157,7 +168,7 @@ class Block(nn.Module):
 
     def forward(self, x, kv=None):
         attend = lambda x: self.attn(self.ln_1(x), kv)
-        x = x + (attend(x) if self.attn.kind == 'full' else recomputed(attend, x))  # full attention takes too long for that
+        x = x + (attend(x) if self.attn.kind == 'full' else recomputed(attend, x))  # full attention takes too long
         x = x + recomputed(lambda x: self.mlp(self.ln_2(x)), x)
         return x
 
@@ -178,19 +189,20 @@ class Stem(nn.Module):
     def forward(self, around, colours):
         """Neighbours (B, P, K) and the vectors of the colours -> (B, P, C)."""
         B, P, K = around.shape
-        if B * P > 2 * len(colours) and not around.is_cuda:  # there are fewer colours than pixels; a GPU is faster at the product
+        if B * P > 2 * len(colours) and not around.is_cuda:  # fewer colours than pixels; a GPU is faster at the product
             rows = around * K + torch.arange(K, device=around.device)
-            h = F.embedding_bag(rows.flatten(0, 1), self.table(colours).float(), mode='sum').to(colours.dtype).view(B, P, -1) + self.c_fc.bias
+            h = F.embedding_bag(rows.flatten(0, 1), self.table(colours).float(), mode='sum')
+            h = h.to(colours.dtype).view(B, P, -1) + self.c_fc.bias
         else:
             h = self.c_fc(F.embedding(around, colours).flatten(2))
         return self.c_proj(F.gelu(h))
 
 
 class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of x @ weight.T, x (n, C) and weight (V, C), against targets (n,), without ever holding (n, V) logits.
+    """Mean cross-entropy of x @ weight.T, x (n, C) and weight (V, C), against targets (n,), without (n, V) logits.
 
-    Chunks of rows go through the head, the softmax and the gradients of both while they are in the cache of a CPU: three products
-    as in the usual way, a fraction of the memory.
+    Chunks of rows go through the head, the softmax and the gradients of both while they are in the cache of a CPU:
+    three products as in the usual way, a fraction of the memory.
     """
 
     @staticmethod
@@ -220,7 +232,10 @@ class HeadLoss(torch.autograd.Function):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal: every direction of a matrix learns equally fast (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
+    """Momentum, made orthogonal: every direction of a matrix learns equally fast.
+
+    Jordan et al. 2024, kellerjordan.github.io/posts/muon.
+    """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -243,14 +258,18 @@ class Muon(torch.optim.Optimizer):
                 together.setdefault(min(p.shape), []).append((p, update if p.size(0) <= p.size(1) else update.t()))
             for pairs in together.values():
                 widest = max(update.size(1) for _, update in pairs)
-                orthogonal = orthogonalise(torch.stack([F.pad(update, (0, widest - update.size(1))) for _, update in pairs]))
-                for (p, update), o in zip(pairs, orthogonal):
+                padded = [F.pad(update, (0, widest - update.size(1))) for _, update in pairs]
+                for (p, update), o in zip(pairs, orthogonalise(torch.stack(padded))):
                     o = o[:, :update.size(1)]
-                    p.add_(o if p.size(0) <= p.size(1) else o.t(), alpha=-group['lr'] * max(1, p.size(0) / p.size(1)) ** 0.5)
+                    rate = group['lr'] * max(1, p.size(0) / p.size(1)) ** 0.5
+                    p.add_(o if p.size(0) <= p.size(1) else o.t(), alpha=-rate)
 
 
 def orthogonalise(x):
-    """Matrices (..., n, m), n <= m -> nearly the orthogonal ones next to them: a quintic Newton-Schulz iteration brings all singular values to 0.7 .. 1.2."""
+    """Matrices (..., n, m), n <= m -> nearly the orthogonal ones next to them, with singular values of 0.7 .. 1.2.
+
+    A quintic Newton-Schulz iteration.
+    """
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
         square = x @ x.mT
@@ -288,9 +307,10 @@ class GPT(nn.Module):
         level = torch.arange(LEVELS)
         levels = torch.cartesian_prod(level, level, level)  # red, green and blue of each colour, (V, 3)
         self.register_buffer('one_hot', F.one_hot(levels, LEVELS).flatten(1).float(), persistent=False)  # (V, 48)
-        # which of the 93 scores a level has beside a colour (V + 1, 48); where the image ends all have the same, which changes nothing
+        # which of the 93 scores a level has beside a colour (V + 1, 48); the same for all where the image ends
         differences = F.pad(level - levels[:, :, None] + LEVELS - 1, (0, 0, 0, 0, 0, 1))  # (V + 1, 3, 16)
-        self.register_buffer('differences', (differences + torch.arange(3)[:, None] * (2 * LEVELS - 1)).flatten(1), persistent=False)
+        differences = (differences + torch.arange(3)[:, None] * (2 * LEVELS - 1)).flatten(1)
+        self.register_buffer('differences', differences, persistent=False)
 
         # GPT-2's initialisation: layers that add to the residual stream start smaller, the more of them there are
         for name, p in self.named_parameters():
@@ -306,7 +326,8 @@ class GPT(nn.Module):
 
     def num_params(self):
         """Number of parameters without the positions, as nanoGPT counts."""
-        return sum(p.numel() for name, p in self.named_parameters() if not name.startswith(('transformer.wpe', 'transformer.wre', 'transformer.wce')))
+        positions = ('transformer.wpe', 'transformer.wre', 'transformer.wce')
+        return sum(p.numel() for name, p in self.named_parameters() if not name.startswith(positions))
 
     def colours(self):
         """The vector of each colour, for embedding and head, (V, C)."""
@@ -316,17 +337,21 @@ class GPT(nn.Module):
     def positions(self):
         """The embedding of each position, (block_size, C)."""
         h = self.transformer
-        return (h.wre.weight[:, None] + h.wce.weight).flatten(0, 1) if self.config.row_column_positions else h.wpe.weight
+        if self.config.row_column_positions:
+            return (h.wre.weight[:, None] + h.wce.weight).flatten(0, 1)
+        return h.wpe.weight
 
     def around(self, tokens):
-        """Whole rows of pixels (B, T) -> the known ones around each of them, nearest first, (B, T, 24); V where the image ends."""
+        """Whole rows of pixels (B, T) -> the known ones around each, nearest first, (B, T, 24); V beyond the image."""
         canvas = F.pad(tokens.view(len(tokens), -1, self.config.width), (3, 3, 3, 0), value=self.config.vocab_size)
         height, width = canvas.size(1) - 3, self.config.width
-        return torch.stack([canvas[:, 3 + y:3 + y + height, 3 + x:3 + x + width] for y, x in NEIGHBOURS], dim=-1).flatten(1, 2)
+        shifted = [canvas[:, 3 + y:3 + y + height, 3 + x:3 + x + width] for y, x in NEIGHBOURS]
+        return torch.stack(shifted, dim=-1).flatten(1, 2)
 
     def relative_scores(self, scores, around):
-        """What rel_head gives (..., 186) and neighbours (..., 24) -> a score for each red, green and blue level, (..., 48)."""
-        return scores.view(*scores.shape[:-1], 2, -1).gather(-1, torch.embedding(self.differences, around[..., :2])).sum(-2)  # the left and the upper one
+        """What rel_head gives (..., 186), neighbours (..., 24) -> scores of red, green and blue levels (..., 48)."""
+        which = torch.embedding(self.differences, around[..., :2])  # beside the left and the upper pixel, (..., 2, 48)
+        return scores.view(*scores.shape[:-1], 2, -1).gather(-1, which).sum(-2)
 
     def features(self, tokens, kv=None):
         """Pixels from the first one on, (B, T) -> what the head reads, (B, P, C'), and its weights, (V, C').
@@ -353,11 +378,12 @@ class GPT(nn.Module):
             x = block(x, kv)
         x = h.ln_f(x)
         if c.relative_colours:  # one product for both kinds of logits
-            x, colours = torch.cat((x, self.relative_scores(self.rel_head(x), around)), dim=-1), torch.cat((colours, self.one_hot), dim=1)
+            x = torch.cat((x, self.relative_scores(self.rel_head(x), around)), dim=-1)
+            colours = torch.cat((colours, self.one_hot), dim=1)
         return x[:, :T - 1 + c.start_embedding], colours
 
     def logits(self, tokens):
-        """Images, or their first T pixels, (B, T) -> logits (B, P, V) of the last P pixels; each depends on earlier pixels only."""
+        """Images, or their first T pixels, (B, T) -> logits (B, P, V) of the last P, each from earlier pixels only."""
         x, weight = self.features(tokens)
         return x @ weight.t()
 
@@ -372,9 +398,10 @@ class GPT(nn.Module):
     def configure_optimizers(self, weight_decay, learning_rate, betas, muon_lr=0.0):
         """-> [AdamW] as in nanoGPT: matrices and embeddings decay, gains and biases do not; fused on CUDA.
 
-        With muon_lr -> [AdamW, Muon]: the matrices of blocks and stem go to Muon, embeddings and the rest stay with AdamW.
+        With muon_lr -> [AdamW, Muon]: matrices of blocks and stem go to Muon, embeddings and the rest stay with AdamW.
         """
-        matrices = [p for name, p in self.named_parameters() if muon_lr and p.dim() == 2 and name.startswith(('transformer.h.', 'transformer.stem.'))]
+        inner = ('transformer.h.', 'transformer.stem.')
+        matrices = [p for name, p in self.named_parameters() if muon_lr and p.dim() == 2 and name.startswith(inner)]
         rest = [p for p in self.parameters() if all(p is not matrix for matrix in matrices)]
         groups = [{'params': [p for p in rest if p.dim() >= 2], 'weight_decay': weight_decay},
                   {'params': [p for p in rest if p.dim() < 2], 'weight_decay': 0.0}]
@@ -382,6 +409,6 @@ class GPT(nn.Module):
         return [adamw, Muon(matrices, muon_lr, weight_decay)] if matrices else [adamw]
 
     def generate(self, tokens, max_new_tokens=None, **options):
-        """Continue images pixel by pixel: prompts (B, T) -> (B, T + max_new_tokens), the prompts included. Everything else says sample.generate."""
+        """Continue images pixel by pixel: prompts (B, T) -> (B, T + max_new_tokens). The rest says sample.generate."""
         import sample  # which imports this file
         return sample.generate(self, tokens, max_new_tokens, **options)
