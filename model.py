@@ -9,7 +9,8 @@ start embedding stands before the first pixel, so that every pixel is predicted,
 
 What lets it see in two dimensions are switches of GPTConfig, all off by default: then it is nanoGPT's model.
 
-Shapes: B images, T pixels, P positions, C = n_embd, nh = n_head, hs = C / nh, V = vocab_size, K = neighbours.
+Shapes: B images, T pixels, P positions, C = n_embd, nh = n_head, hs = C / nh, V = vocab_size, K = neighbours,
+D = n_colour or C.
 """
 import math
 from contextlib import nullcontext
@@ -45,6 +46,7 @@ class GPTConfig:
     width: int = 64  # pixels of a row
     row_column_positions: bool = False  # an embedding of the row plus one of the column, not one of each position
     neighbours: int = 0  # so many known pixels around the predicted one go through a small MLP into the first block
+    n_colour: int = 0  # numbers in a colour's vector, which two small layers take to and from n_embd (0: n_embd)
     factorised_colours: bool = False  # a colour's vector is its own plus one for each of its red, green and blue levels
     relative_colours: bool = False  # logits also depend on how much each channel differs from the left and upper pixel
     attention: str = 'full'  # of the layers, in turn: full, local (its row and the one above) or column: 'local column'
@@ -178,12 +180,12 @@ class Stem(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.neighbours * config.n_embd, 2 * config.n_embd)
+        self.c_fc = nn.Linear(config.neighbours * (config.n_colour or config.n_embd), 2 * config.n_embd)
         self.c_proj = nn.Linear(2 * config.n_embd, config.n_embd, bias=False)
 
     def table(self, colours):
-        """(V + 1, C) -> ((V + 1) * K, 2C): what each colour adds to the hidden layer as each neighbour."""
-        weight = self.c_fc.weight.view(2 * colours.size(1), -1, colours.size(1))  # (2C, K, C)
+        """(V + 1, D) -> ((V + 1) * K, 2C): what each colour adds to the hidden layer as each neighbour."""
+        weight = self.c_fc.weight.view(len(self.c_fc.weight), -1, colours.size(1))  # (2C, K, D)
         return (colours @ weight.permute(2, 1, 0).flatten(1)).view(-1, len(weight))
 
     def forward(self, around, colours):
@@ -282,9 +284,9 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        kinds = c.attention.split()
+        kinds, D = c.attention.split(), c.n_colour or c.n_embd
         self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(c.vocab_size, c.n_embd),
+            wte=nn.Embedding(c.vocab_size, D),
             drop=nn.Dropout(c.dropout),
             h=nn.ModuleList([Block(c, kinds[i % len(kinds)]) for i in range(c.n_layer)]),
             ln_f=nn.LayerNorm(c.n_embd, bias=c.bias),
@@ -299,9 +301,11 @@ class GPT(nn.Module):
         if c.neighbours:
             self.transformer['stem'] = Stem(c)
         if c.factorised_colours:
-            self.transformer['wle'] = nn.Embedding(3 * LEVELS, c.n_embd)  # red, green and blue levels
-        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+            self.transformer['wle'] = nn.Embedding(3 * LEVELS, D)  # red, green and blue levels
+        self.lm_head = nn.Linear(D, c.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied: a colour has one vector, read and written
+        if c.n_colour:
+            self.transformer['up'], self.down = (nn.Linear(*size, bias=False) for size in ((D, c.n_embd), (c.n_embd, D)))
         if c.relative_colours:  # a score for each difference -15 .. 15, of 3 channels, to the left and upper pixel
             self.rel_head = nn.Linear(c.n_embd, 2 * 3 * (2 * LEVELS - 1))
         level = torch.arange(LEVELS)
@@ -321,6 +325,9 @@ class GPT(nn.Module):
         if c.factorised_colours:  # four vectors add up to that of a colour
             nn.init.normal_(self.transformer.wte.weight, std=0.01)
             nn.init.normal_(self.transformer.wle.weight, std=0.01)
+        if c.n_colour:  # what goes through keeps its size
+            nn.init.normal_(self.transformer.up.weight, std=D ** -0.5)
+            nn.init.normal_(self.down.weight, std=c.n_embd ** -0.5)
         if c.relative_colours:
             nn.init.zeros_(self.rel_head.weight)
 
@@ -330,7 +337,7 @@ class GPT(nn.Module):
         return sum(p.numel() for name, p in self.named_parameters() if not name.startswith(positions))
 
     def colours(self):
-        """The vector of each colour, for embedding and head, (V, C)."""
+        """The vector of each colour, for embedding and head, (V, D)."""
         table = self.transformer.wte.weight
         return table + self.one_hot @ self.transformer.wle.weight if self.config.factorised_colours else table
 
@@ -363,6 +370,8 @@ class GPT(nn.Module):
         tokens = F.pad(tokens, (0, -T % c.multiple))  # what is added comes after everything else
         colours = self.colours()
         x = F.embedding(tokens, colours)
+        if c.n_colour:
+            x = h.up(x)
         if c.start_embedding:  # before the image; with reach before each row
             x = x.unflatten(1, (-1, c.width)) if c.reach else x[:, None]
             x = torch.cat((h.wse.weight.expand(*x.shape[:2], 1, -1), x[:, :, :-1]), dim=2).flatten(1, 2)
@@ -377,8 +386,11 @@ class GPT(nn.Module):
         for block in h.h:
             x = block(x, kv)
         x = h.ln_f(x)
+        relative = self.relative_scores(self.rel_head(x), around) if c.relative_colours else None
+        if c.n_colour:
+            x = self.down(x)
         if c.relative_colours:  # one product for both kinds of logits
-            x = torch.cat((x, self.relative_scores(self.rel_head(x), around)), dim=-1)
+            x = torch.cat((x, relative), dim=-1)
             colours = torch.cat((colours, self.one_hot), dim=1)
         return x[:, :T - 1 + c.start_embedding], colours
 
@@ -400,7 +412,7 @@ class GPT(nn.Module):
 
         With muon_lr -> [AdamW, Muon]: matrices of blocks and stem go to Muon, embeddings and the rest stay with AdamW.
         """
-        inner = ('transformer.h.', 'transformer.stem.')
+        inner = ('transformer.h.', 'transformer.stem.', 'transformer.up.', 'down.')
         matrices = [p for name, p in self.named_parameters() if muon_lr and p.dim() == 2 and name.startswith(inner)]
         rest = [p for p in self.parameters() if all(p is not matrix for matrix in matrices)]
         groups = [{'params': [p for p in rest if p.dim() >= 2], 'weight_decay': weight_decay},

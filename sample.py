@@ -141,9 +141,11 @@ class Decoder:
 
         # the weights
         colours = model.colours()
-        self.wte = torch.cat((colours, h.wse.weight if c.start_embedding else torch.zeros_like(colours[:1])))  # the edge of the canvas reads as the start
+        wide = h.up(colours) if c.n_colour else colours
+        self.wte = torch.cat((wide, h.wse.weight if c.start_embedding else torch.zeros_like(wide[:1])))  # the edge of the canvas reads as the start
         self.positions, self.ln_f = model.positions(), norm(h.ln_f)
-        self.head = colours.view(LEVELS, -1, c.n_embd).mT.contiguous()  # (16, C, V / 16): in blocks as the others
+        self.down = linear(model.down) if c.n_colour else None
+        self.head = colours.view(LEVELS, -1, colours.size(1)).mT.contiguous()  # (16, D, V / 16): in blocks as the others
         self.layers = [(b.attn.kind, norm(b.ln_1), blocks(b.attn.c_attn, 3), linear(b.attn.c_proj), norm(b.ln_2), blocks(b.mlp.c_fc, 4), sum_of_blocks(b.mlp.c_proj, 4)) for b in h.h]
         if c.neighbours:  # what the hidden layer of the stem gets from each colour as each neighbour, and its bias from the first of them
             self.stem, self.stem_proj = h.stem.table(F.pad(colours, (0, 0, 0, 1))), linear(h.stem.c_proj)
@@ -234,7 +236,8 @@ class Decoder:
             x = attn_proj(self.attend(kind, qkv, kv, wave).view(n * B, -1), x)  # the heads side by side
             x = mlp_proj(F.gelu(c_fc(ln_2(x)))).sum(0).add_(x)
         x = self.ln_f(x)
-        logits = torch.bmm(x.expand(LEVELS, -1, -1), self.head).transpose(0, 1)  # (n * B, 16, V / 16)
+        low = self.down(x) if self.down else x
+        logits = torch.bmm(low.expand(LEVELS, -1, -1), self.head).transpose(0, 1)  # (n * B, 16, V / 16)
         if c.relative_colours:
             return every_colour(self.model.relative_scores(self.rel_head(x), around)).add_(logits).flatten(1)
         return logits.reshape(n * B, -1)

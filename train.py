@@ -51,6 +51,7 @@ class TrainConfig:
     start_embedding: bool = key(True, 'learn an embedding that stands before the first pixel, so that the first pixel is predicted too')
     row_column_positions: bool = key(False, 'an embedding of the row plus one of the column of the predicted pixel, not one of each position')
     neighbours: int = key(0, 'how many of the nearest known pixels (24 at most) a small MLP feeds into the first block')
+    n_colour: int = key(0, "numbers in a colour's vector, which two small layers take to and from n_embd: fewer leave parameters for more layers (0: n_embd)")
     factorised_colours: bool = key(False, "a colour's vector, in embedding and head, is its own plus one for each of its red, green and blue levels")
     relative_colours: bool = key(False, 'let the head also score how much each channel differs from the pixels to the left and above')
     attention: str = key('full', "what the layers attend to, in turn: all pixels so far (full), those of the same row and the one above (local) or of the same column (column), as in 'local column'")
@@ -230,7 +231,7 @@ def check(config, world_size):
     """Values that have the right type and still make no sense. Raises UserError."""
     positive = ('n_layer', 'n_head', 'n_embd', 'batch_size', 'gradient_accumulation_steps', 'max_iters', 'learning_rate',
                 'log_interval', 'eval_batch_size', 'num_samples', 'keep_checkpoints')
-    not_negative = ('muon_lr', 'min_lr', 'warmup_iters', 'weight_decay', 'grad_clip', 'eval_interval', 'save_every_minutes')
+    not_negative = ('n_colour', 'muon_lr', 'min_lr', 'warmup_iters', 'weight_decay', 'grad_clip', 'eval_interval', 'save_every_minutes')
     below_one = ('dropout', 'beta1', 'beta2', 'average')
     pieces = world_size * config.gradient_accumulation_steps
     extras.check_values(

@@ -3,9 +3,10 @@
 data_dir = 'data/landscape'  # python prepare.py
 out_dir = 'out/landscape_gpu'
 
-n_layer = 4
+n_layer = 8
 n_head = 4
-n_embd = 128  # 1.8M parameters, all told
+n_embd = 128  # 1.9M parameters, all told
+n_colour = 32  # small vectors for the colours leave parameters for eight layers
 row_column_positions = True
 neighbours = 12  # up to two rows above and two columns aside
 factorised_colours = True
@@ -17,8 +18,8 @@ alibi = True  # what is near counts more
 batch_size = 32  # a step of 8 takes half as long as one of 32, a step of 128 nearly four times as long
 max_iters = 22000  # 704,000 images
 
-learning_rate = 3e-3  # embeddings and head
-muon_lr = 0.02  # the matrices of the blocks
+learning_rate = 4e-3  # embeddings and head
+muon_lr = 0.03  # the matrices of the blocks
 min_lr = 1e-5
 warmup_iters = 50
 beta2 = 0.99

@@ -20,7 +20,8 @@ TOKENS = SIDE * SIDE
 
 FLAT = dict(row_column_positions=True, neighbours=12, factorised_colours=True, relative_colours=True)
 KINDS = {'plain': {}, 'ancestor': dict(start_embedding=False), 'full': FLAT, 'local': {**FLAT, 'attention': 'local'}, 'column': {**FLAT, 'attention': 'column', 'neighbours': 24},
-         'local column': {**FLAT, 'attention': 'local column full', 'alibi': True}, 'reach': {**FLAT, 'attention': 'local column', 'alibi': True, 'reach': 2}, 'relative': dict(relative_colours=True), 'biased': dict(bias=True, attention='column', factorised_colours=True)}
+         'local column': {**FLAT, 'attention': 'local column full', 'alibi': True}, 'reach': {**FLAT, 'attention': 'local column', 'alibi': True, 'reach': 2},
+         'small colours': {**FLAT, 'attention': 'local column', 'reach': 3, 'n_colour': 8}, 'relative': dict(relative_colours=True), 'biased': dict(bias=True, attention='column', factorised_colours=True)}
 kinds = pytest.mark.parametrize('kind', KINDS)
 
 
