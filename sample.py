@@ -79,7 +79,7 @@ def paint_waves(model, images, seeds, draw, first):
     images.copy_(decoder.painted())
 
 
-def paint_graphs(model, images, seeds, draw, first, together=32):
+def paint_graphs(model, images, seeds, draw, first, together=8):
     """The same as a CUDA graph of so many waves together, for GPUs that take longer to launch a kernel than to run it.
 
     A graph repeats the very same work. So all waves are as long as the longest, with pixels that nobody looks at, and where
