@@ -104,8 +104,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # queries, keys, values in one
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.n_head = config.n_head
-        self.dropout = config.dropout
+        self.n_head, self.dropout = config.n_head, config.dropout
         self.kind, self.width = kind, config.width
         if kind == 'full':
             self.mask = None  # causal
@@ -171,8 +170,7 @@ class Block(nn.Module):
     def forward(self, x, kv=None):
         attend = lambda x: self.attn(self.ln_1(x), kv)
         x = x + (attend(x) if self.attn.kind == 'full' else recomputed(attend, x))  # full attention takes too long
-        x = x + recomputed(lambda x: self.mlp(self.ln_2(x)), x)
-        return x
+        return x + recomputed(lambda x: self.mlp(self.ln_2(x)), x)
 
 
 class Stem(nn.Module):
@@ -304,8 +302,8 @@ class GPT(nn.Module):
             self.transformer['wle'] = nn.Embedding(3 * LEVELS, D)  # red, green and blue levels
         self.lm_head = nn.Linear(D, c.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied: a colour has one vector, read and written
-        if c.n_colour:
-            self.transformer['up'], self.down = (nn.Linear(*size, bias=False) for size in ((D, c.n_embd), (c.n_embd, D)))
+        self.transformer['up'] = nn.Linear(D, c.n_embd, bias=False) if c.n_colour else nn.Identity()
+        self.down = nn.Linear(c.n_embd, D, bias=False) if c.n_colour else nn.Identity()
         if c.relative_colours:  # a score for each difference -15 .. 15, of 3 channels, to the left and upper pixel
             self.rel_head = nn.Linear(c.n_embd, 2 * 3 * (2 * LEVELS - 1))
         level = torch.arange(LEVELS)
@@ -326,8 +324,8 @@ class GPT(nn.Module):
             nn.init.normal_(self.transformer.wte.weight, std=0.01)
             nn.init.normal_(self.transformer.wle.weight, std=0.01)
         if c.n_colour:  # what goes through keeps its size
-            nn.init.normal_(self.transformer.up.weight, std=D ** -0.5)
-            nn.init.normal_(self.down.weight, std=c.n_embd ** -0.5)
+            for layer in (self.transformer.up, self.down):
+                nn.init.normal_(layer.weight, std=layer.in_features ** -0.5)
         if c.relative_colours:
             nn.init.zeros_(self.rel_head.weight)
 
@@ -369,9 +367,7 @@ class GPT(nn.Module):
         c, h, T = self.config, self.transformer, tokens.size(1)
         tokens = F.pad(tokens, (0, -T % c.multiple))  # what is added comes after everything else
         colours = self.colours()
-        x = F.embedding(tokens, colours)
-        if c.n_colour:
-            x = h.up(x)
+        x = h.up(F.embedding(tokens, colours))
         if c.start_embedding:  # before the image; with reach before each row
             x = x.unflatten(1, (-1, c.width)) if c.reach else x[:, None]
             x = torch.cat((h.wse.weight.expand(*x.shape[:2], 1, -1), x[:, :, :-1]), dim=2).flatten(1, 2)
@@ -386,13 +382,11 @@ class GPT(nn.Module):
         for block in h.h:
             x = block(x, kv)
         x = h.ln_f(x)
-        relative = self.relative_scores(self.rel_head(x), around) if c.relative_colours else None
-        if c.n_colour:
-            x = self.down(x)
+        low = self.down(x)
         if c.relative_colours:  # one product for both kinds of logits
-            x = torch.cat((x, relative), dim=-1)
+            low = torch.cat((low, self.relative_scores(self.rel_head(x), around)), dim=-1)
             colours = torch.cat((colours, self.one_hot), dim=1)
-        return x[:, :T - 1 + c.start_embedding], colours
+        return low[:, :T - 1 + c.start_embedding], colours
 
     def logits(self, tokens):
         """Images, or their first T pixels, (B, T) -> logits (B, P, V) of the last P, each from earlier pixels only."""

@@ -1,9 +1,9 @@
 """Paint pictures with a trained model.
 
-    python sample.py --ckpt out/ckpt6000.pt                                # 16 landscapes, each from a first pixel of its own
-    python sample.py --ckpt out/ckpt6000.pt --first_pixel FEC --seed 7     # all from a pale yellow one
-    python sample.py --ckpt out/ckpt6000.pt --image photo.png --rows 32    # finish a picture from its upper half
-    python sample.py --ckpt out/ckpt6000.pt --num_samples 4 --gif --scale 4   # and watch it being painted
+    python sample.py --ckpt out/ckpt6000.pt                              # 16 landscapes, each from its own first pixel
+    python sample.py --ckpt out/ckpt6000.pt --first_pixel FEC --seed 7   # all from a pale yellow one
+    python sample.py --ckpt out/ckpt6000.pt --image photo.png --rows 32  # finish a picture from its upper half
+    python sample.py --ckpt out/ckpt6000.pt --num_samples 4 --gif --scale 4  # and watch it being painted
 """
 import itertools
 import math
@@ -25,11 +25,12 @@ GREY = 0x666  # of what is not painted yet
 # -----------------------------------------------------------------------------
 # the sampler
 
-def generate(model, tokens, max_new_tokens=None, *, temperature=1.0, top_k=None, top_p=None, generator=None, use_cache=True, progress=None):
+def generate(model, tokens, max_new_tokens=None, *, temperature=1.0, top_k=None, top_p=None, generator=None,
+             use_cache=True, progress=None):
     """Continue images pixel by pixel: prompts (B, T) -> (B, T + max_new_tokens), the prompts included.
 
     T may be 0 with the start embedding. max_new_tokens: the rest of the image if None. temperature 0 takes the
-    likeliest colour; top_k and top_p as in restrict. generator draws a seed for every image, which decides all
+    likeliest colour; top_k and top_p as in filter_logits. generator draws a seed for every image, which decides all
     its noise, so that it gives the same images, up to rounding, with the cache and without it, in a batch of any
     size and on any device. More images than images_at_once are painted in batches.
     use_cache=False is the plain loop, everything again for every pixel: slow, and what the sampler must equal.
@@ -44,13 +45,15 @@ def generate(model, tokens, max_new_tokens=None, *, temperature=1.0, top_k=None,
     if T == 0 and not config.start_embedding:
         raise ValueError('a model without start embedding cannot draw the first pixel: give one')
 
-    seeds = torch.randint(2 ** 62, (B,), generator=generator, device=generator.device if generator else 'cpu').to(device)
+    where = generator.device if generator else 'cpu'
+    seeds = torch.randint(2 ** 62, (B,), generator=generator, device=where).to(device)
     images = torch.cat((tokens, tokens.new_zeros(B, new)), dim=1)
-    draw = lambda logits, noise: choose(restrict(logits, temperature, top_k, top_p), noise)
+    draw = lambda logits, noise: sample(filter_logits(logits, temperature, top_k, top_p), noise)
     batch = min(B, images_at_once(model))
     paint = paint_plainly if not use_cache else paint_graphs if device.type == 'cuda' else paint_waves
     with painting(model):
-        for part, part_seeds in zip(images.split(batch), seeds.split(batch)) if new else ():  # views: painting a part writes into images
+        # views: painting a part writes into images
+        for part, part_seeds in zip(images.split(batch), seeds.split(batch)) if new else ():
             for pixels in paint(model, part, part_seeds, draw, T):
                 if progress:
                     progress(len(part) * pixels)
@@ -58,9 +61,10 @@ def generate(model, tokens, max_new_tokens=None, *, temperature=1.0, top_k=None,
 
 
 def paint_plainly(model, images, seeds, draw, first):
-    """Fill images (B, N) from pixel first on, each from its seed (B,); yields how many pixels of each have just been drawn.
+    """Fill images (B, N) from pixel first on, each from its seed (B,).
 
-    The whole image so far goes through the whole model, for every pixel.
+    Yields how many pixels of each have just been drawn. The whole image so far goes through the whole model, for every
+    pixel.
     """
     for i in range(first, images.size(1)):
         x, weight = model.features(images[:, :i + 1])  # the pixel itself is not looked at
@@ -82,15 +86,16 @@ def paint_waves(model, images, seeds, draw, first):
 def paint_graphs(model, images, seeds, draw, first, together=8):
     """The same as a CUDA graph of so many waves together, for GPUs that take longer to launch a kernel than to run it.
 
-    A graph repeats the very same work. So all waves are as long as the longest, with pixels that nobody looks at, and where
-    they lie is told by tables that the graph reads, at the number of the wave. On a CPU the waves come one by one, which
-    tests all but the capture.
+    A graph repeats the very same work. So all waves are as long as the longest, with pixels that nobody looks at, and
+    where they lie is told by tables that the graph reads, at the number of the wave. On a CPU the waves come one by
+    one, which tests all but the capture.
     """
     decoder = Decoder(model, *images.shape)
     decoder.prefill(images[:, :first])
     waves, pixels = zip(*decoder.waves(first))
     waves += waves[-1:] * (-len(waves) % together)  # painting the last one again changes nothing
-    table = {name: torch.tensor([[*w[name]] + [unseen] * (max(pixels) - n) for w, n in zip(waves, pixels + pixels[-1:] * together)],
+    lengths = pixels + pixels[-1:] * together
+    table = {name: torch.tensor([[*wave[name]] + [unseen] * (max(pixels) - n) for wave, n in zip(waves, lengths)],
                                 device=images.device) for name, unseen in decoder.unseen.items()}
     number = torch.zeros(1, dtype=torch.long, device=images.device)
 
@@ -120,15 +125,15 @@ def paint_graphs(model, images, seeds, draw, first, together=8):
 
 
 def wave_stride(config):
-    """The pixels with the same x + stride * y are a wave: with reach a diagonal, none of which depends on another; else one pixel."""
+    """The pixels with the same x + stride * y are a wave: with reach a diagonal, else one pixel."""
     return min(config.reach + 1, config.width) if config.reach else config.width
 
 
 class Decoder:
-    """What the sampler keeps for B images of N pixels: the weights, laid out for few pixels at a time, the pixels so far, and their keys and values.
+    """What the sampler keeps for B images of N pixels: weights, pixels so far, and their keys and values.
 
-    Where the parts of a wave lie is told by ranges: all that it reads or writes has equal distances in memory, so that it is
-    a view and nothing is copied.
+    The weights are laid out for few pixels at a time. Where the parts of a wave lie is told by ranges: all that it
+    reads or writes has equal distances in memory, so that it is a view and nothing is copied.
     """
 
     def __init__(self, model, B, N):
@@ -141,13 +146,15 @@ class Decoder:
 
         # the weights
         colours = model.colours()
-        wide = h.up(colours) if c.n_colour else colours
-        self.wte = torch.cat((wide, h.wse.weight if c.start_embedding else torch.zeros_like(wide[:1])))  # the edge of the canvas reads as the start
+        wide = h.up(colours)
+        # the edge of the canvas reads as the start
+        self.wte = torch.cat((wide, h.wse.weight if c.start_embedding else torch.zeros_like(wide[:1])))
         self.positions, self.ln_f = model.positions(), norm(h.ln_f)
-        self.down = linear(model.down) if c.n_colour else None
-        self.head = colours.view(LEVELS, -1, colours.size(1)).mT.contiguous()  # (16, D, V / 16): in blocks as the others
-        self.layers = [(b.attn.kind, norm(b.ln_1), blocks(b.attn.c_attn, 3), linear(b.attn.c_proj), norm(b.ln_2), blocks(b.mlp.c_fc, 4), sum_of_blocks(b.mlp.c_proj, 4)) for b in h.h]
-        if c.neighbours:  # what the hidden layer of the stem gets from each colour as each neighbour, and its bias from the first of them
+        self.down = linear(model.down) if c.n_colour else model.down
+        self.head = colours.view(LEVELS, -1, colours.size(1)).mT.contiguous()  # (16, D, V / 16), blocks as the others
+        self.layers = [(b.attn.kind, norm(b.ln_1), blocks(b.attn.c_attn, 3), linear(b.attn.c_proj),
+                        norm(b.ln_2), blocks(b.mlp.c_fc, 4), sum_of_blocks(b.mlp.c_proj, 4)) for b in h.h]
+        if c.neighbours:  # what the stem's hidden layer gets from each colour as each neighbour; bias: from the first
             self.stem, self.stem_proj = h.stem.table(F.pad(colours, (0, 0, 0, 1))), linear(h.stem.c_proj)
             self.stem[::c.neighbours] += h.stem.c_fc.bias
             self.kth = torch.arange(c.neighbours, device=device)
@@ -162,28 +169,32 @@ class Decoder:
         self.before = F.pad(self.cells[:-1], (1, 0))  # the cell of the pixel before
         if c.reach:
             self.before[::W] = 0  # the edge
-        self.around = self.cells[:, None] + torch.tensor([y * row + x for y, x in NEIGHBOURS[:max(c.neighbours, 2)]], device=device)  # cells, (H * W, K)
+        around = [y * row + x for y, x in NEIGHBOURS[:max(c.neighbours, 2)]]
+        self.around = self.cells[:, None] + torch.tensor(around, device=device)  # cells, (H * W, K)
 
-        # keys and values (2, lanes, B * nh, keys, hs). A lane is what a pixel may attend to: all pixels (full), the row above and
-        # its own (local), or its column, where the columns of a wave lie side by side
-        lanes, keys = {'full': 1, 'local': H + 1, 'column': self.stride * self.diagonals}, {'full': c.block_size, 'local': 2 * W, 'column': H}
-        self.kv = [colours.new_zeros(2, lanes[kind] + 1, B * c.n_head, keys[kind], c.n_embd // c.n_head) for kind, *_ in self.layers]
+        # keys and values (2, lanes, B * nh, keys, hs). A lane is what a pixel may attend to: all pixels (full), the row
+        # above and its own (local), or its column, where the columns of a wave lie side by side
+        lanes = {'full': 1, 'local': H + 1, 'column': self.stride * self.diagonals}
+        keys, heads, hs = {'full': c.block_size, 'local': 2 * W, 'column': H}, B * c.n_head, c.n_embd // c.n_head
+        self.kv = [colours.new_zeros(2, lanes[kind] + 1, heads, keys[kind], hs) for kind, *_ in self.layers]
         # what attention adds to scores: local by column, column by row, (lanes, B * nh, 1, keys)
         self.masks = {}
         for attn in (b.attn for b in h.h if b.attn.kind != 'full'):
             mask = attn.mask[0].expand(c.n_head, -1, -1).repeat(B, 1, 1).transpose(0, 1)[:, :, None]
-            self.masks[attn.kind] = mask.new_zeros(1 + lanes['column' if attn.kind == 'local' else 'local'], *mask.shape[1:])
-            self.masks[attn.kind][self.lanes_of_columns() if attn.kind == 'local' else slice(H)] = mask
+            other, where = ('column', self.lanes_of_columns()) if attn.kind == 'local' else ('local', slice(H))
+            self.masks[attn.kind] = mask.new_zeros(1 + lanes[other], *mask.shape[1:])
+            self.masks[attn.kind][where] = mask
         # where a graph reads and writes what nobody looks at
-        self.unseen = {'pixel': 0, 'position': 0, 'cell': self.canvas.size(1) - 1, 'row': lanes['local'], 'below': lanes['local'], 'column': lanes['column'], 'x': 0, 'y': 0, 'own': 0}
+        self.unseen = {'pixel': 0, 'position': 0, 'cell': self.canvas.size(1) - 1, 'x': 0, 'y': 0, 'own': 0,
+                       'row': lanes['local'], 'below': lanes['local'], 'column': lanes['column']}
 
     def lanes_of_columns(self):
-        """Where each column lies, (W,): those that are stride apart follow each other from right to left, as a wave meets them."""
+        """Where each column lies, (W,): those stride apart follow each other from right to left, as in a wave."""
         x = torch.arange(self.width, device=self.pixels.device)
         return (x % self.stride + 1) * self.diagonals - 1 - x // self.stride
 
     def waves(self, first):
-        """-> for every wave, less the pixels before first and beyond the image: ranges of where its parts lie, and how many pixels it has."""
+        """-> for every wave, without the pixels before first: ranges where its parts lie, and its number of pixels."""
         W, stride = self.width, self.stride
         for t in range(W + stride * (self.height - 1)):
             (top, left), (bottom, right) = divmod(first, W), divmod(self.N - 1, W)
@@ -191,9 +202,12 @@ class Decoder:
             bottom = min(bottom - (t - stride * bottom > right), t // stride)
             n, x = bottom - top + 1, t - stride * top  # (top, x) is its uppermost pixel
             if n > 0:
-                parts = {'pixel': (top * W + x, W - stride), 'position': (top * W + x - self.shift, W - stride), 'cell': ((top + 3) * (W + 6) + x + 3, W + 6 - stride),
-                         'row': (top, 1), 'below': (top + 1, 1), 'y': (top, 1), 'column': ((x % stride + 1) * self.diagonals - 1 - x // stride, 1), 'x': (x, -stride), 'own': (W + x, -stride)}
-                yield {name: range(start, start + n * (step or 1), step or 1) for name, (start, step) in parts.items()}, n
+                pixel, column = top * W + x, (x % stride + 1) * self.diagonals - 1 - x // stride
+                parts = {'pixel': (pixel, W - stride), 'position': (pixel - self.shift, W - stride),
+                         'cell': ((top + 3) * (W + 6) + x + 3, W + 6 - stride), 'row': (top, 1), 'below': (top + 1, 1),
+                         'y': (top, 1), 'column': (column, 1), 'x': (x, -stride), 'own': (W + x, -stride)}
+                yield {name: range(start, start + n * (step or 1), step or 1)
+                       for name, (start, step) in parts.items()}, n
 
     def prefill(self, tokens):
         """Keep prompts (B, T), and their keys and values."""
@@ -211,7 +225,7 @@ class Decoder:
                     kv[:, self.lanes_of_columns() if kind == 'column' else slice(1), :, :length] = fresh
 
     def paint(self, wave, seeds, draw):
-        """Draw the pixels of a wave, with seeds (B,) and draw(logits (n * B, V), noise (n * B, V)) -> tokens (n * B,)."""
+        """Draw the pixels of a wave, with seeds (B,) and draw(logits, noise), both (n * B, V), -> tokens (n * B,)."""
         logits = self.decode(wave)
         noise = gumbel_noise(seeds, self.pixels[pick(wave['pixel'])], logits.size(-1)).flatten(0, 1)
         self.canvas[:, pick(wave['cell'])] = draw(logits, noise).view(-1, self.B).t()
@@ -228,22 +242,26 @@ class Decoder:
         n = len(x)
         x = x.view(n * B, -1)
         if c.neighbours or c.relative_colours:
-            around = self.canvas.index_select(1, self.around[pixel].flatten()).view(B, n, -1).transpose(0, 1).reshape(n * B, -1)
+            around = self.canvas.index_select(1, self.around[pixel].flatten()).view(B, n, -1)
+            around = around.transpose(0, 1).reshape(n * B, -1)
         if c.neighbours:
-            x = self.stem_proj(F.gelu(torch.embedding(self.stem, torch.add(self.kth, around[:, :c.neighbours], alpha=c.neighbours)).sum(1)), x)
+            rows = torch.add(self.kth, around[:, :c.neighbours], alpha=c.neighbours)
+            x = self.stem_proj(F.gelu(torch.embedding(self.stem, rows).sum(1)), x)
         for (kind, ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), kv in zip(self.layers, self.kv):
             qkv = c_attn(ln_1(x)).view(3, n, B * self.n_head, -1)
             x = attn_proj(self.attend(kind, qkv, kv, wave).view(n * B, -1), x)  # the heads side by side
             x = mlp_proj(F.gelu(c_fc(ln_2(x)))).sum(0).add_(x)
         x = self.ln_f(x)
-        low = self.down(x) if self.down else x
-        logits = torch.bmm(low.expand(LEVELS, -1, -1), self.head).transpose(0, 1)  # (n * B, 16, V / 16)
+        logits = torch.bmm(self.down(x).expand(LEVELS, -1, -1), self.head).transpose(0, 1)  # (n * B, 16, V / 16)
         if c.relative_colours:
             return every_colour(self.model.relative_scores(self.rel_head(x), around)).add_(logits).flatten(1)
         return logits.reshape(n * B, -1)
 
     def attend(self, kind, qkv, kv, wave):
-        """Queries, keys and values of a wave (3, n, B * nh, hs) -> what attention gives, (n * B * nh, 1, hs); keys and values are kept."""
+        """Queries, keys and values of a wave (3, n, B * nh, hs) -> what attention gives, (n * B * nh, 1, hs).
+
+        Keys and values are kept.
+        """
         if kind == 'local':
             store(kv, qkv[1:], wave['row'], wave['own'])
             store(kv, qkv[1:], wave['below'], wave['x'])
@@ -253,12 +271,13 @@ class Decoder:
             lanes, mask = wave['column'], self.masks[kind][pick(wave['row'])].flatten(0, 1)
         else:  # one pixel, and all positions so far
             lanes, mask = range(1), self.head.new_zeros(1, 1, 1)
-            store(kv, qkv[1:], lanes if isinstance(wave['position'], range) else torch.zeros_like(wave['position']), wave['position'])
+            position = wave['position']
+            store(kv, qkv[1:], lanes if isinstance(position, range) else torch.zeros_like(position), position)
         k, v = kv[:, pick(lanes)].flatten(1, 2)  # (n * B * nh, keys, hs)
-        if kind == 'full' and isinstance(wave['position'], range):
-            k, v = k[:, :wave['position'].stop], v[:, :wave['position'].stop]
+        if kind == 'full' and isinstance(position, range):
+            k, v = k[:, :position.stop], v[:, :position.stop]
         elif kind == 'full':  # a graph looks at all of them
-            mask = torch.where(torch.arange(k.size(1), device=k.device) > wave['position'], -math.inf, 0.0).to(k.dtype)
+            mask = torch.where(torch.arange(k.size(1), device=k.device) > position, -math.inf, 0.0).to(k.dtype)
         q = qkv[0].reshape(len(k), 1, -1)
         scores = torch.baddbmm(mask, q, k.mT, alpha=q.size(2) ** -0.5)  # (n * B * nh, 1, keys)
         return torch.bmm(scores.softmax(-1), v)
@@ -268,7 +287,8 @@ def store(kv, new, lanes, slots):
     """Keys and values of a wave, (2, n, B * nh, hs), into those of a layer: one slot of each of n lanes."""
     if isinstance(lanes, range):
         both, lane, head, slot, one = kv.stride()
-        kv.as_strided(new.shape, (both, lane + slots.step * slot, head, one), lanes.start * lane + slots.start * slot).copy_(new)
+        first = lanes.start * lane + slots.start * slot
+        kv.as_strided(new.shape, (both, lane + slots.step * slot, head, one), first).copy_(new)
     else:
         kv[:, lanes, :, slots] = new.transpose(0, 1)
 
@@ -291,10 +311,12 @@ def norm(module):
 
 
 def blocks(module, count):
-    """An nn.Linear as a function of (n, in) to (count, n, out / count): on a CPU products of a few rows are faster in blocks."""
+    """An nn.Linear as a function of (n, in) to (count, n, out / count): on a CPU few rows are faster in blocks."""
     weight = module.weight.view(count, -1, module.in_features).mT.contiguous()  # (count, in, out / count)
-    bias = None if module.bias is None else module.bias.view(count, 1, -1)
-    return lambda x: torch.bmm(x.expand(count, -1, -1), weight) if bias is None else torch.baddbmm(bias, x.expand(count, -1, -1), weight)
+    if module.bias is None:
+        return lambda x: torch.bmm(x.expand(count, -1, -1), weight)
+    bias = module.bias.view(count, 1, -1)
+    return lambda x: torch.baddbmm(bias, x.expand(count, -1, -1), weight)
 
 
 def sum_of_blocks(module, count):
@@ -305,7 +327,7 @@ def sum_of_blocks(module, count):
 
 
 def linear(module):
-    """An nn.Linear as a plain function of (B, in), plus a residual (B, out); its weights as (in, out), which a few rows are multiplied with faster."""
+    """An nn.Linear as a plain function of (B, in), plus a residual (B, out); weights lie as (in, out), for few rows."""
     weight, bias = module.weight.t().contiguous(), module.bias
 
     def apply(x, residual=None):
@@ -323,13 +345,14 @@ def images_at_once(model):
     if weight.device.type != 'cuda':
         return 8
     # keys and values, twice for local attention; noise and logits of a wave
-    image = 4 * config.n_layer * config.block_size * config.n_embd * weight.itemsize + 48 * config.vocab_size * -(-config.width // wave_stride(config))
+    cache = 4 * config.n_layer * config.block_size * config.n_embd * weight.itemsize
+    image = cache + 48 * config.vocab_size * -(-config.width // wave_stride(config))
     # attention takes up to 65,535 sequences, and prompts are made of rows and columns
     return max(1, min(torch.cuda.mem_get_info(weight.device)[0] // 2 // image, 65_535 // config.width))
 
 
 def adapt_threads(waves, threads, few=8):
-    """Yield waves, and go through them with so many threads, but from where a few take longer than with one thread: with one.
+    """Yield waves, and go through them with so many threads; with one from where a few take longer than with one.
 
     On a busy machine threads wait for each other, and two take up to twenty times as long as one.
     """
@@ -354,8 +377,12 @@ def adapt_threads(waves, threads, few=8):
 
 @contextmanager
 def painting(model):
-    """No gradients, no dropout, no autocast, no TF32: the same picture on every device, up to rounding. No oneDNN, which takes five times as long for so few numbers."""
-    training, threads, mkldnn, precision = model.training, torch.get_num_threads(), torch.backends.mkldnn.enabled, torch.get_float32_matmul_precision()
+    """No gradients, dropout, autocast or TF32: the same picture on every device, up to rounding.
+
+    No oneDNN either, which takes five times as long for so few numbers.
+    """
+    training, threads, precision = model.training, torch.get_num_threads(), torch.get_float32_matmul_precision()
+    mkldnn = torch.backends.mkldnn.enabled
     model.eval()
     torch.set_float32_matmul_precision('highest')
     torch.backends.mkldnn.enabled = False
@@ -369,7 +396,7 @@ def painting(model):
         torch.set_float32_matmul_precision(precision)
 
 
-def restrict(logits, temperature=1.0, top_k=None, top_p=None):
+def filter_logits(logits, temperature=1.0, top_k=None, top_p=None):
     """(B, V) logits -> those to draw from, in float32, -inf where a colour is left out.
 
     temperature divides the logits; 0 leaves the likeliest colour alone. top_k keeps the k likeliest colours; top_p
@@ -391,8 +418,8 @@ def restrict(logits, temperature=1.0, top_k=None, top_p=None):
     return logits
 
 
-def choose(logits, noise):
-    """(B, V) logits and Gumbel noise (B, V) -> (B,) tokens, each colour with its softmax probability (the Gumbel-max trick).
+def sample(logits, noise):
+    """Logits and Gumbel noise (B, V) -> (B,) tokens, each colour with its softmax probability (the Gumbel-max trick).
 
     Nothing is summed up over the colours, so that logits that differ in their last bits draw another colour in one of a
     million pixels.
@@ -434,22 +461,25 @@ def first_pixel(text, model):
     if text != 'sample':
         return np.array([extras.parse_pixel(text)])
     if not starts:
-        raise UserError('this model has no start embedding and cannot draw the first pixel: give one, as in --first_pixel FEC')
+        raise UserError('this model has no start embedding and cannot draw the first pixel: '
+                        'give one, as in --first_pixel FEC')
     return np.zeros(0, np.int64)
 
 
 def paint(model, prompt, args):
     """Paint args.num_samples images from one prompt (T,), one after the other: tokens (tokens_per_image,)."""
     generator, batch = torch.Generator().manual_seed(args.seed), images_at_once(model)
-    with tqdm(total=args.num_samples * (model.config.tokens_per_image - len(prompt)), unit='px', unit_scale=True, desc='painting') as bar:
-        alone = 0 if model.lm_head.weight.is_cuda else 1  # on a CPU one picture is there in seconds, the others are faster side by side
-        for begin, end in itertools.pairwise(sorted({0, *range(alone, args.num_samples, batch), args.num_samples})):
-            yield from model.generate(np.tile(prompt, (end - begin, 1)), temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                                      generator=generator, progress=bar.update).cpu().numpy()
+    total = args.num_samples * (model.config.tokens_per_image - len(prompt))
+    # on a CPU one picture is there in a second, the others are faster side by side
+    first = 0 if model.lm_head.weight.is_cuda else 1
+    with tqdm(total=total, unit='px', unit_scale=True, desc='painting') as bar:
+        for begin, end in itertools.pairwise(sorted({0, *range(first, args.num_samples, batch), args.num_samples})):
+            yield from model.generate(np.tile(prompt, (end - begin, 1)), temperature=args.temperature, top_k=args.top_k,
+                                      top_p=args.top_p, generator=generator, progress=bar.update).cpu().numpy()
 
 
 def page(images, painted, shape, scale, whole=None):
-    """Images, each (tokens_per_image,), with those pixels that are painted, (tokens_per_image,) bool, the rest grey -> a sheet as PIL image.
+    """Images and which pixels are painted, each (tokens_per_image,), the rest grey -> a sheet as PIL image.
 
     A completion is shown in one row, between its context and the whole original (tokens, with their number in context).
     """
@@ -457,29 +487,35 @@ def page(images, painted, shape, scale, whole=None):
     if whole is not None:
         original, context = whole
         shown = [np.where(np.arange(len(original)) < context, original, GREY), *shown, original]
-    return extras.sheet([extras.to_image(tokens.reshape(shape), scale) for tokens in shown], len(shown) if whole is not None else None)
+    columns = len(shown) if whole is not None else None
+    return extras.sheet([extras.to_image(tokens.reshape(shape), scale) for tokens in shown], columns)
 
 
 def main(argv=None):
     parser = extras.Parser(description='Paint pictures with a trained model.')
     parser.add_argument('--ckpt', required=True, help='checkpoint of train.py, as in out/ckpt6000.pt')
-    parser.add_argument('--first_pixel', help="three hex digits (FEC), a web colour ('#f0e0c0'), or sample: drawn by the model (the default if it can)")
+    parser.add_argument('--first_pixel', help="three hex digits (FEC), a web colour ('#f0e0c0'), or sample: "
+                                              'drawn by the model (the default if it can)')
     parser.add_argument('--num_samples', type=int, default=16, help='how many pictures (16)')
-    parser.add_argument('--temperature', type=float, default=1.0, help='below 1: calmer, above: wilder, 0: always the likeliest colour (1.0)')
+    parser.add_argument('--temperature', type=float, default=1.0,
+                        help='below 1: calmer, above: wilder, 0: always the likeliest colour (1.0)')
     parser.add_argument('--top_k', type=int, help='draw from the k likeliest colours only')
-    parser.add_argument('--top_p', type=float, help='draw from the likeliest colours that together have this probability')
+    parser.add_argument('--top_p', type=float,
+                        help='draw from the likeliest colours that together have this probability')
     parser.add_argument('--seed', type=int, default=1337, help='the same seed, the same pictures (1337)')
     parser.add_argument('--image', help='complete this picture ...')
     parser.add_argument('--rows', type=int, help='... from so many of its upper rows (half of them)')
-    parser.add_argument('--out', default=os.path.join(extras.ROOT, 'out', 'images', 'sample.png'), help='the sheet; single pictures get _0, _1, ... (out/images/sample.png)')
+    parser.add_argument('--out', default=os.path.join(extras.ROOT, 'out', 'images', 'sample.png'),
+                        help='the sheet; single pictures get _0, _1, ... (out/images/sample.png)')
     parser.add_argument('--scale', type=int, default=1, help='enlarge every pixel to a square of this side (1)')
     parser.add_argument('--gif', action='store_true', help='also write the painting in progress, a frame a row')
     parser.add_argument('--device', default='auto', help='auto, cuda, cuda:1, mps or cpu (auto)')
     args = parser.parse_args(argv)
-    extras.check_values(args, num_samples=('1 or more', args.num_samples > 0),
-                        temperature=('0 or more', args.temperature >= 0), top_k=('1 or more', args.top_k is None or args.top_k > 0),
-                        top_p=('more than 0, up to 1', args.top_p is None or 0 < args.top_p <= 1), scale=('from 1 to 64', 1 <= args.scale <= 64),
-                        seed=('from 0 to 2 ** 63 - 1', 0 <= args.seed < 2 ** 63))
+    extras.check_values(
+        args, num_samples=('1 or more', args.num_samples > 0), temperature=('0 or more', args.temperature >= 0),
+        top_k=('1 or more', args.top_k is None or args.top_k > 0),
+        top_p=('more than 0, up to 1', args.top_p is None or 0 < args.top_p <= 1),
+        scale=('from 1 to 64', 1 <= args.scale <= 64), seed=('from 0 to 2 ** 63 - 1', 0 <= args.seed < 2 ** 63))
     if args.rows is not None and args.image is None:
         raise UserError('--rows says how much of a picture to keep: name the picture with --image')
     if args.image and args.first_pixel:
@@ -496,7 +532,8 @@ def main(argv=None):
     shape = height, width = checkpoint['height'], checkpoint['width']
     if args.image:
         rows = height // 2 if args.rows is None else args.rows
-        extras.check_values(args, rows=(f'from 1 to {height - 1}: how many of the {height} rows to keep', 0 < rows < height))
+        meaning = f'from 1 to {height - 1}: how many of the {height} rows to keep'
+        extras.check_values(args, rows=(meaning, 0 < rows < height))
         original = read_picture(args.image, (width, height))
         prompt = original[:rows * width]
         whole = original, len(prompt)
@@ -518,7 +555,8 @@ def main(argv=None):
         waves = pixels % width + wave_stride(model.config) * (pixels // width)
         times = np.linspace(waves[len(prompt):].min(), waves.max() + 1, height + 1)
         frames = [page(images, (waves < time) | (pixels < len(prompt)), shape, args.scale, whole) for time in times]
-        extras.save_picture(frames[0], stem + '.gif', save_all=True, append_images=frames[1:], duration=[60] * (len(frames) - 1) + [2000], loop=0)
+        extras.save_picture(frames[0], stem + '.gif', save_all=True, append_images=frames[1:], loop=0,
+                            duration=[60] * (len(frames) - 1) + [2000])
         print(f'wrote {stem}.gif')
 
 

@@ -90,7 +90,7 @@ def first_picture(ckpt):
 def profile(model, device):
     """What a wave in the middle of an image is made of."""
     image, seeds = torch.zeros(1, model.config.tokens_per_image, dtype=torch.long, device=device), torch.zeros(1, dtype=torch.long, device=device)
-    draw = lambda logits, noise: sample.choose(sample.restrict(logits), noise)
+    draw = lambda logits, noise: sample.sample(sample.filter_logits(logits), noise)
     with sample.painting(model):
         waves = sample.paint_waves(model, image, seeds, draw, int(not model.config.start_embedding))
         for _ in range(150):

@@ -12,7 +12,7 @@ import extras
 import prepare
 from conftest import ROOT
 from model import NEIGHBOURS, GPT, GPTConfig, orthogonalise
-from sample import Decoder, adapt_threads, choose, gumbel_noise, paint_graphs, paint_waves, restrict
+from sample import Decoder, adapt_threads, filter_logits, gumbel_noise, paint_graphs, paint_waves, sample
 
 SIDE = 12
 TOKENS = SIDE * SIDE
@@ -358,7 +358,7 @@ def test_cached_logits_are_those_of_whole_images(kind):
 def test_the_steps_of_a_graph_paint_the_same(kind):
     # all of paint_graphs but the capture: numbers that are tensors, and waves that are all as long
     model = small(kind, std=0.2)
-    draw = lambda logits, noise: choose(restrict(logits, top_p=0.95), noise)
+    draw = lambda logits, noise: sample(filter_logits(logits, top_p=0.95), noise)
     seeds = torch.tensor([4, 5])
     for first in (int(kind == 'ancestor'), 1, 50):
         painted = []
@@ -473,17 +473,17 @@ def test_part_of_an_image_and_what_does_not_fit():
 
 def test_top_k_and_top_p_keep_the_likeliest():
     logits = torch.log(torch.tensor([[0.05, 0.4, 0.25, 0.2, 0.1]]))
-    kept = lambda **options: restrict(logits, **options)[0].isfinite().nonzero().flatten().tolist()
+    kept = lambda **options: filter_logits(logits, **options)[0].isfinite().nonzero().flatten().tolist()
     assert kept() == [0, 1, 2, 3, 4]
     assert kept(top_k=1) == [1] and kept(top_k=3) == [1, 2, 3] and kept(top_k=99) == [0, 1, 2, 3, 4]
     assert kept(top_p=0.39) == [1] and kept(top_p=0.41) == [1, 2] and kept(top_p=0.7) == [1, 2, 3] and kept(top_p=1.0) == [0, 1, 2, 3, 4]
     assert kept(temperature=0) == [1]
-    assert restrict(logits, temperature=0.5)[0].softmax(-1)[1] == pytest.approx(0.16 / (0.0025 + 0.16 + 0.0625 + 0.04 + 0.01))
+    assert filter_logits(logits, temperature=0.5)[0].softmax(-1)[1] == pytest.approx(0.16 / (0.0025 + 0.16 + 0.0625 + 0.04 + 0.01))
 
 
 def test_colours_are_drawn_as_often_as_they_are_likely():
     probs = torch.tensor([0.1, 0.0, 0.6, 0.3, 0.0]).expand(1000, 5)
-    drawn = torch.cat([choose(probs.log(), noise) for noise in gumbel_noise(torch.arange(1000), torch.arange(100), 5)])
+    drawn = torch.cat([sample(probs.log(), noise) for noise in gumbel_noise(torch.arange(1000), torch.arange(100), 5)])
     share = torch.bincount(drawn, minlength=5) / 100_000
     assert share[1] == 0 and share[4] == 0 and (share - probs[0]).abs().max() < 0.006
 
