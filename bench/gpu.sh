@@ -24,11 +24,21 @@ stage sampling
 timeout 120 $python bench/sampling.py --device $device --batch ${SAMPLES:-1 32 256 1024} 2>>"$out/errors.txt" | tee "$out/sampling.md"
 timeout 60 $python bench/sampling.py --device $device --batch 1 --eager 2>>"$out/errors.txt" | tee -a "$out/sampling.md"
 
-# as many iterations as fit at the speed just measured; 40 seconds are for starting, evaluating and painting
-step=$(awk -F'|' -v b=" $batch " '$2 ~ /recommended/ && $4 == b {print $6; exit}' "$out/training.md")
-iterations=${ITERATIONS:-$($python -c "print(max(100, int(($seconds - $SECONDS - 40) / (1.08e-3 * ${step:-20})) // 100 * 100))")}
+run() { timeout $((seconds - SECONDS)) $python train.py config/landscape_gpu.py --device=$device --data_dir="$data" --batch_size=$batch --overwrite=True "$@"; }
+
+stage a short run, to see how many iterations fit
+trial=${TRIAL:-300}
+run --out_dir="$out/trial" --max_iters=$trial --log_interval=$((trial / 3)) --eval_at="()" --num_samples=1 >"$out/trial.txt" 2>&1
+tail -n 1 "$out/trial.txt"
+# 45 seconds are for starting, evaluating and painting
+iterations=$($python - "$out/trial/log.csv" $((seconds - SECONDS - 45)) <<'END'
+import csv, sys
+rows = [row for row in csv.DictReader(open(sys.argv[1])) if row['train_loss']]
+first, last = ((int(row['iteration']), float(row['seconds'])) for row in (rows[0], rows[-1]))
+print(max(8, int(int(sys.argv[2]) / 1.03 / (last[1] - first[1]) * (last[0] - first[0]))))
+END
+)
 stage "training, $iterations iterations of $batch"
-timeout $((seconds - SECONDS)) $python train.py config/landscape_gpu.py --device=$device --data_dir="$data" --out_dir="$out/run" --batch_size=$batch \
-    --max_iters=$iterations --eval_at="($((iterations / 8)), $((iterations / 2)))" >"$out/train.txt" 2>&1
+run --out_dir="$out/run" --max_iters=$iterations --eval_at="($((iterations / 8)), $((iterations / 2)))" >"$out/train.txt" 2>&1
 tail -n 3 "$out/train.txt"
 stage done
