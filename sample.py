@@ -142,6 +142,7 @@ class Decoder:
         self.model, self.B, self.N, self.width, self.height, self.n_head = model, B, N, W, H, c.n_head
         self.stride = wave_stride(c)
         self.diagonals = -(-W // self.stride)  # columns of a wave, at most
+        self.columns = self.lane_of_column(torch.arange(W, device=device))  # where each of them lies, (W,)
         self.shift = int(not c.start_embedding)  # from a pixel back to the position that predicts it
 
         # the weights
@@ -181,16 +182,15 @@ class Decoder:
         self.masks = {}
         for attn in (b.attn for b in h.h if b.attn.kind != 'full'):
             mask = attn.mask[0].expand(c.n_head, -1, -1).repeat(B, 1, 1).transpose(0, 1)[:, :, None]
-            other, where = ('column', self.lanes_of_columns()) if attn.kind == 'local' else ('local', slice(H))
+            other, where = ('column', self.columns) if attn.kind == 'local' else ('local', slice(H))
             self.masks[attn.kind] = mask.new_zeros(1 + lanes[other], *mask.shape[1:])
             self.masks[attn.kind][where] = mask
         # where a graph reads and writes what nobody looks at
         self.unseen = {'pixel': 0, 'position': 0, 'cell': self.canvas.size(1) - 1, 'x': 0, 'y': 0, 'own': 0,
                        'row': lanes['local'], 'below': lanes['local'], 'column': lanes['column']}
 
-    def lanes_of_columns(self):
-        """Where each column lies, (W,): those stride apart follow each other from right to left, as in a wave."""
-        x = torch.arange(self.width, device=self.pixels.device)
+    def lane_of_column(self, x):
+        """Where column x lies: those that are stride apart follow each other from right to left, as in a wave."""
         return (x % self.stride + 1) * self.diagonals - 1 - x // self.stride
 
     def waves(self, first):
@@ -202,7 +202,7 @@ class Decoder:
             bottom = min(bottom - (t - stride * bottom > right), t // stride)
             n, x = bottom - top + 1, t - stride * top  # (top, x) is its uppermost pixel
             if n > 0:
-                pixel, column = top * W + x, (x % stride + 1) * self.diagonals - 1 - x // stride
+                pixel, column = top * W + x, self.lane_of_column(x)
                 parts = {'pixel': (pixel, W - stride), 'position': (pixel - self.shift, W - stride),
                          'cell': ((top + 3) * (W + 6) + x + 3, W + 6 - stride), 'row': (top, 1), 'below': (top + 1, 1),
                          'y': (top, 1), 'column': (column, 1), 'x': (x, -stride), 'own': (W + x, -stride)}
@@ -222,7 +222,7 @@ class Decoder:
                 if kind == 'local':
                     kv[:, :count, :, length:], kv[:, 1:count + 1, :, :length] = fresh, fresh
                 else:
-                    kv[:, self.lanes_of_columns() if kind == 'column' else slice(1), :, :length] = fresh
+                    kv[:, self.columns if kind == 'column' else slice(1), :, :length] = fresh
 
     def paint(self, wave, seeds, draw):
         """Draw the pixels of a wave, with seeds (B,) and draw(logits, noise), both (n * B, V), -> tokens (n * B,)."""
