@@ -404,7 +404,7 @@ class GPT(nn.Module):
     def configure_optimizers(self, weight_decay, learning_rate, betas, muon_lr=0.0):
         """-> [AdamW] as in nanoGPT: matrices and embeddings decay, gains and biases do not; fused on CUDA.
 
-        With muon_lr -> [AdamW, Muon]: matrices of blocks and stem go to Muon, embeddings and the rest stay with AdamW.
+        With muon_lr -> [AdamW, Muon]: the matrices between embeddings and head go to Muon, the rest stays with AdamW.
         """
         inner = ('transformer.h.', 'transformer.stem.', 'transformer.up.', 'down.')
         matrices = [p for name, p in self.named_parameters() if muon_lr and p.dim() == 2 and name.startswith(inner)]

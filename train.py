@@ -63,7 +63,7 @@ class TrainConfig:
     max_iters: int = key(10000, 'iterations')
     learning_rate: float = key(6e-4, 'peak of the schedule: linear warm-up, cosine decay')
     min_lr: float = key(6e-5, 'end of the schedule, at max_iters')
-    muon_lr: float = key(0.0, 'peak for the matrices of blocks and stem, which Muon then updates, on the same schedule (0: AdamW for all)')
+    muon_lr: float = key(0.0, 'peak for the matrices between embeddings and head (blocks, stem), which Muon then updates, on the same schedule (0: AdamW for all)')
     warmup_iters: int = key(200, 'iterations of the warm-up')
     weight_decay: float = key(0.1, 'of embeddings and matrices, by AdamW and Muon')
     beta1: float = key(0.9, 'AdamW: memory of the gradient')
