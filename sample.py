@@ -153,8 +153,8 @@ class Decoder:
         self.positions, self.ln_f = model.positions(), norm(h.ln_f)
         self.down = linear(model.down) if c.n_colour else model.down
         self.head = colours.view(LEVELS, -1, colours.size(1)).mT.contiguous()  # (16, D, V / 16), blocks as the others
-        self.layers = [(b.attn.kind, norm(b.ln_1), blocks(b.attn.c_attn, 3), linear(b.attn.c_proj),
-                        norm(b.ln_2), blocks(b.mlp.c_fc, 4), sum_of_blocks(b.mlp.c_proj, 4)) for b in h.h]
+        self.layers = [(b.attn.kind, norm(b.ln_1), linear(b.attn.c_attn, 3), linear(b.attn.c_proj),
+                        norm(b.ln_2), linear(b.mlp.c_fc, 4), sum_of_blocks(b.mlp.c_proj, 4)) for b in h.h]
         if c.neighbours:  # what the stem's hidden layer gets from each colour as each neighbour; bias: from the first
             self.stem, self.stem_proj = h.stem.table(F.pad(colours, (0, 0, 0, 1))), linear(h.stem.c_proj)
             self.stem[::c.neighbours] += h.stem.c_fc.bias
@@ -240,21 +240,21 @@ class Decoder:
         tokens = self.canvas.index_select(1, self.before[pixel])  # (B, n)
         x = torch.embedding(self.wte, tokens.t()) + self.positions[pick(wave['position'])][:, None]
         n = len(x)
-        x = x.view(n * B, -1)
+        x = x.view(1, n * B, -1)
         if c.neighbours or c.relative_colours:
             around = self.canvas.index_select(1, self.around[pixel].flatten()).view(B, n, -1)
             around = around.transpose(0, 1).reshape(n * B, -1)
         if c.neighbours:
             rows = torch.add(self.kth, around[:, :c.neighbours], alpha=c.neighbours)
-            x = self.stem_proj(F.gelu(torch.embedding(self.stem, rows).sum(1)), x)
+            x = self.stem_proj(F.gelu(torch.embedding(self.stem, rows).sum(1)[None]), x)
         for (kind, ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), kv in zip(self.layers, self.kv):
             qkv = c_attn(ln_1(x)).view(3, n, B * self.n_head, -1)
-            x = attn_proj(self.attend(kind, qkv, kv, wave).view(n * B, -1), x)  # the heads side by side
-            x = mlp_proj(F.gelu(c_fc(ln_2(x)))).sum(0).add_(x)
+            x = attn_proj(self.attend(kind, qkv, kv, wave).view(1, n * B, -1), x)  # the heads side by side
+            x = mlp_proj(F.gelu(c_fc(ln_2(x))), x)
         x = self.ln_f(x)
         logits = torch.bmm(self.down(x).expand(LEVELS, -1, -1), self.head).transpose(0, 1)  # (n * B, 16, V / 16)
         if c.relative_colours:
-            return every_colour(self.model.relative_scores(self.rel_head(x), around)).add_(logits).flatten(1)
+            return every_colour(self.model.relative_scores(self.rel_head(x)[0], around)).add_(logits).flatten(1)
         return logits.reshape(n * B, -1)
 
     def attend(self, kind, qkv, kv, wave):
@@ -310,29 +310,28 @@ def norm(module):
     return lambda x: torch.layer_norm(x, weight.shape, weight, bias)
 
 
-def blocks(module, count):
-    """An nn.Linear as a function of (n, in) to (count, n, out / count): on a CPU few rows are faster in blocks."""
-    weight = module.weight.view(count, -1, module.in_features).mT.contiguous()  # (count, in, out / count)
-    if module.bias is None:
-        return lambda x: torch.bmm(x.expand(count, -1, -1), weight)
-    bias = module.bias.view(count, 1, -1)
-    return lambda x: torch.baddbmm(bias, x.expand(count, -1, -1), weight)
+def linear(module, blocks=1):
+    """An nn.Linear as a plain function of (1, n, in) to (blocks, n, out / blocks), plus a residual of that shape.
 
-
-def sum_of_blocks(module, count):
-    """An nn.Linear as a function of (count, n, in / count) to (count, n, out), which are to be added up."""
-    weight = module.weight.t().reshape(count, -1, module.out_features)
-    bias = None if module.bias is None else F.pad(module.bias[None, None], (0, 0, 0, 0, 0, count - 1))
-    return lambda x: torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
-
-
-def linear(module):
-    """An nn.Linear as a plain function of (B, in), plus a residual (B, out); weights lie as (in, out), for few rows."""
-    weight, bias = module.weight.t().contiguous(), module.bias
+    Always by batched products: few rows are faster so, on a CPU in blocks, on a GPU ten times.
+    """
+    weight = module.weight.view(blocks, -1, module.in_features).mT.contiguous()  # (blocks, in, out / blocks)
+    bias = None if module.bias is None else module.bias.view(blocks, 1, -1)
 
     def apply(x, residual=None):
         add = bias if residual is None else residual if bias is None else residual + bias
-        return torch.mm(x, weight) if add is None else torch.addmm(add, x, weight)
+        x = x.expand(blocks, -1, -1)
+        return torch.bmm(x, weight) if add is None else torch.baddbmm(add, x, weight)
+    return apply
+
+
+def sum_of_blocks(module, blocks):
+    """An nn.Linear as a function of (blocks, n, in / blocks), which linear gives, plus a residual, to (1, n, out)."""
+    weight, bias = module.weight.t().reshape(blocks, -1, module.out_features), module.bias
+
+    def apply(x, residual):
+        x = torch.bmm(x, weight).sum(0, keepdim=True).add_(residual)
+        return x if bias is None else x.add_(bias)
     return apply
 
 
