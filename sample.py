@@ -151,16 +151,16 @@ class Decoder:
         # the edge of the canvas reads as the start
         self.wte = torch.cat((wide, h.wse.weight if c.start_embedding else torch.zeros_like(wide[:1])))
         self.positions, self.ln_f = model.positions(), norm(h.ln_f)
-        self.down = linear(model.down) if c.n_colour else model.down
+        self.down = sum_of_blocks(model.down, c.n_head) if c.n_colour else lambda x: x
         self.head = colours.view(LEVELS, -1, colours.size(1)).mT.contiguous()  # (16, D, V / 16), blocks as the others
-        self.layers = [(b.attn.kind, norm(b.ln_1), linear(b.attn.c_attn, 3), linear(b.attn.c_proj),
+        self.layers = [(b.attn.kind, norm(b.ln_1), linear(b.attn.c_attn, 3), sum_of_blocks(b.attn.c_proj, c.n_head),
                         norm(b.ln_2), linear(b.mlp.c_fc, 4), sum_of_blocks(b.mlp.c_proj, 4)) for b in h.h]
         if c.neighbours:  # what the stem's hidden layer gets from each colour as each neighbour; bias: from the first
-            self.stem, self.stem_proj = h.stem.table(F.pad(colours, (0, 0, 0, 1))), linear(h.stem.c_proj)
+            self.stem, self.stem_proj = h.stem.table(F.pad(colours, (0, 0, 0, 1))), sum_of_blocks(h.stem.c_proj, 2)
             self.stem[::c.neighbours] += h.stem.c_fc.bias
             self.kth = torch.arange(c.neighbours, device=device)
         if c.relative_colours:
-            self.rel_head = linear(model.rel_head)
+            self.rel_head = linear(model.rel_head, 2)  # beside the left and the upper pixel
 
         # the pixels so far lie on a canvas, with V around the image and where none is yet
         row = W + 6
@@ -249,12 +249,13 @@ class Decoder:
             x = self.stem_proj(F.gelu(torch.embedding(self.stem, rows).sum(1)[None]), x)
         for (kind, ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), kv in zip(self.layers, self.kv):
             qkv = c_attn(ln_1(x)).view(3, n, B * self.n_head, -1)
-            x = attn_proj(self.attend(kind, qkv, kv, wave).view(1, n * B, -1), x)  # the heads side by side
+            x = attn_proj(self.attend(kind, qkv, kv, wave).view(1, n * B, -1), x)
             x = mlp_proj(F.gelu(c_fc(ln_2(x))), x)
         x = self.ln_f(x)
         logits = torch.bmm(self.down(x).expand(LEVELS, -1, -1), self.head).transpose(0, 1)  # (n * B, 16, V / 16)
         if c.relative_colours:
-            return every_colour(self.model.relative_scores(self.rel_head(x)[0], around)).add_(logits).flatten(1)
+            scores = self.rel_head(x).transpose(0, 1).reshape(n * B, -1)
+            return every_colour(self.model.relative_scores(scores, around)).add_(logits).flatten(1)
         return logits.reshape(n * B, -1)
 
     def attend(self, kind, qkv, kv, wave):
@@ -310,26 +311,27 @@ def norm(module):
     return lambda x: torch.layer_norm(x, weight.shape, weight, bias)
 
 
-def linear(module, blocks=1):
-    """An nn.Linear as a plain function of (1, n, in) to (blocks, n, out / blocks), plus a residual of that shape.
+def linear(module, blocks):
+    """An nn.Linear as a plain function of (1, n, in) to (blocks, n, out / blocks).
 
-    Always by batched products: few rows are faster so, on a CPU in blocks, on a GPU ten times.
+    For few rows blocks side by side are faster on a CPU, and on a GPU ten times, than one product.
     """
     weight = module.weight.view(blocks, -1, module.in_features).mT.contiguous()  # (blocks, in, out / blocks)
     bias = None if module.bias is None else module.bias.view(blocks, 1, -1)
 
-    def apply(x, residual=None):
-        add = bias if residual is None else residual if bias is None else residual + bias
+    def apply(x):
         x = x.expand(blocks, -1, -1)
-        return torch.bmm(x, weight) if add is None else torch.baddbmm(add, x, weight)
+        return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
     return apply
 
 
 def sum_of_blocks(module, blocks):
-    """An nn.Linear as a function of (blocks, n, in / blocks), which linear gives, plus a residual, to (1, n, out)."""
+    """An nn.Linear as a function of (blocks, n, in / blocks), or (1, n, in), plus a residual, to (1, n, out)."""
     weight, bias = module.weight.t().reshape(blocks, -1, module.out_features), module.bias
 
-    def apply(x, residual):
+    def apply(x, residual=0):
+        if len(x) != blocks:
+            x = x.view(x.size(1), blocks, -1).transpose(0, 1)
         x = torch.bmm(x, weight).sum(0, keepdim=True).add_(residual)
         return x if bias is None else x.add_(bias)
     return apply
