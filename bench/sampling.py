@@ -3,6 +3,7 @@
     python bench/sampling.py                              # the shipped checkpoint
     python bench/sampling.py --ckpt out/mine/ckpt6000.pt  # another one
     python bench/sampling.py --profile                    # where the time of a wave goes
+    python bench/sampling.py --check 8                    # eight images pixel by pixel the plain way: a minute a setting on a GPU
 
 The plain loop runs the whole image so far through the whole model for every pixel. It is timed at ten lengths, a parabola is laid
 through them and summed over all lengths. The limit is what reading takes: all weights once a wave, and the keys and values that
@@ -104,12 +105,24 @@ def profile(model, device):
             print(f'| {e.key.removeprefix("aten::")} | {e.count / 200:.0f} | {e.self_cpu_time_total / 200:.0f} |')
 
 
+def check(model, count, device):
+    """Whole images by the plain loop beside the sampler's, side by side and the first one alone: how many pixels differ."""
+    N, starts = model.config.tokens_per_image, int(not model.config.start_embedding)
+    real = model.generate(torch.full((count, starts), 0xFEC), generator=torch.Generator().manual_seed(1))
+    print('| options | given pixels | drawn | differ | of the first one alone |\n|---|---|---|---|---|')
+    for given, options in ((1, {}), (starts, dict(top_k=50, temperature=0.9)), (N // 2 + 17, dict(top_p=0.95)), (3 * N // 4 + 5, dict(temperature=0))):
+        paint = lambda prompts, **more: model.generate(prompts, generator=torch.Generator().manual_seed(5), **options, **more)
+        plain, waves, alone = paint(real[:, :given], use_cache=False), paint(real[:, :given]), paint(real[:1, :given])
+        print(f'| {options} | {given} | {count * (N - given)} | {(plain != waves).sum()} | {(plain[:1] != alone).sum()} |', flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--ckpt', default=str(ROOT / 'out' / 'ckpt6000.pt'))
     parser.add_argument('--batch', type=int, nargs='*', help='batch sizes (1 8 32, on a GPU 1 32 256 1024)')
     parser.add_argument('--device', default='auto')
     parser.add_argument('--eager', action='store_true', help='on a GPU: wave by wave, without graphs')
+    parser.add_argument('--check', type=int, metavar='N', help='paint N images the plain way, too, and compare, instead')
     parser.add_argument('--profile', action='store_true', help='take one wave apart instead')
     args = parser.parse_args()
     device = extras.pick_device(args.device)
@@ -118,6 +131,8 @@ def main():
         sample.paint_graphs = sample.paint_waves
     if args.profile:
         return profile(model, device)
+    if args.check:
+        return check(model, args.check, device)
     start_up = first_picture(args.ckpt) if device == 'cpu' else None
     cores = f'{torch.get_num_threads()} threads' if device == 'cpu' else torch.cuda.get_device_name(device)
     print(f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {model.config.tokens_per_image} pixels, {device}, {cores}, torch {torch.__version__}\n')

@@ -3,10 +3,11 @@
     python bench/training.py                         # 64x64, batches of 1 and 4; on a GPU 8, 32 and 128, compiled and not
     python bench/training.py --dtype float32
     python bench/training.py --batch 32 --profile    # on a GPU: where the time of a step goes
+    python bench/training.py --config config/landscape_gpu.py --batch 32 --compile yes
 
 nanoGPT's is model.py with every switch off and its loss the usual way, logits and all, nothing computed twice, with AdamW. Both make steps on random pixels, in turn, and the median
 counts; the peak is the memory of a process that has made a few steps of one model (on a GPU, the GPU's). All switches and
-the recommended optimizers are those of config/landscape.py. The model FLOPs are those of all products of a step, forward and
+the recommended optimizers are those of config/landscape.py, or of --config. The model FLOPs are those of all products of a step, forward and
 backward, as torch counts them (attention as if nothing were masked); utilisation is their share of the 989 TFLOP/s that an H100
 or H200 makes of bfloat16 at most. Leave the machine idle.
 """
@@ -37,9 +38,9 @@ NAMES = 'nanoGPT', 'recommended'
 PEAK_FLOPS = {'NVIDIA H100': 989e12, 'NVIDIA H200': 989e12}  # bfloat16, dense, by the datasheet
 
 
-def stepper(which, batch, dtype, device, compiled):
+def stepper(which, recommended, batch, dtype, device, compiled):
     """-> (a function that makes a training step, the number of parameters, FLOPs of a step)."""
-    config = extras.load_config(TrainConfig, [str(ROOT / 'config' / ('landscape.py' if which == 'recommended' else 'seed.py'))])
+    config = extras.load_config(TrainConfig, [recommended if which == 'recommended' else str(ROOT / 'config' / 'seed.py')])
     autocast = torch.autocast(device.split(':')[0], dtype) if dtype != torch.float32 else contextlib.nullcontext()
     model = GPT(GPTConfig(**{f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)},
                           block_size=4096 - (not config.start_embedding))).to(device)
@@ -80,9 +81,9 @@ def seconds_of(step, steps, device):
     return (time.perf_counter() - began) / steps
 
 
-def peak_memory(which, batch, dtype, device):
+def peak_memory(which, recommended, batch, dtype, device):
     """Print the peak in MB of a process that makes three steps."""
-    step, *_ = stepper(which, batch, dtype, device, False)
+    step, *_ = stepper(which, recommended, batch, dtype, device, False)
     for _ in range(3):
         step()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
@@ -99,6 +100,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--batch', type=int, nargs='*', help='batch sizes (1 4, on a GPU 8 32 128)')
     parser.add_argument('--models', nargs='*', default=NAMES, choices=NAMES)
+    parser.add_argument('--config', default=str(ROOT / 'config' / 'landscape.py'), help='of the recommended model (config/landscape.py)')
     parser.add_argument('--dtype', default='auto')
     parser.add_argument('--device', default='auto')
     parser.add_argument('--compile', choices=('yes', 'no', 'both'), help='(both on a GPU, else no)')
@@ -109,7 +111,7 @@ def main():
     device = extras.pick_device(args.device)
     dtype = extras.pick_dtype(args.dtype, device)
     if args.peak:
-        return peak_memory(args.peak[0], int(args.peak[1]), dtype, device)
+        return peak_memory(args.peak[0], args.config, int(args.peak[1]), dtype, device)
     torch.set_float32_matmul_precision('high')  # as in train.py
     cuda = device.startswith('cuda')
     card = torch.cuda.get_device_name(device) if cuda else f'{torch.get_num_threads()} threads'
@@ -118,11 +120,11 @@ def main():
     print(f'{device}, {card}, torch {torch.__version__}, {str(dtype).removeprefix("torch.")}\n')
     print('| model | parameters | batch | compiled | ms a step | ms an image | images/s | tokens/s | peak MB | TFLOP/s | utilisation |\n|---|---|---|---|---|---|---|---|---|---|---|')
     # first of all: a child process inherits the peak of its parent
-    peaks = {} if cuda else {(which, batch): float(subprocess.run([sys.executable, __file__, '--peak', which, str(batch), '--dtype', args.dtype, '--device', args.device],
+    peaks = {} if cuda else {(which, batch): float(subprocess.run([sys.executable, __file__, '--config', args.config, '--peak', which, str(batch), '--dtype', args.dtype, '--device', args.device],
                                                                   check=True, stdout=subprocess.PIPE, text=True).stdout) for batch in batches for which in args.models}
     for batch in batches:
         for compiled in {'yes': (True,), 'no': (False,), 'both': (True, False)}[args.compile or ('both' if cuda else 'no')]:
-            steppers = [stepper(which, batch, dtype, device, compiled) for which in args.models]
+            steppers = [stepper(which, args.config, batch, dtype, device, compiled) for which in args.models]
             for which, (step, *_) in zip(args.models, steppers):
                 if cuda:
                     torch.cuda.reset_peak_memory_stats()
