@@ -208,7 +208,7 @@ def has_configurations(folder):
     """Whether the card of a data set, its README.md, says which of its files belong together."""
     try:
         with open(os.path.join(folder, 'README.md'), errors='replace') as f:
-            return re.match(r'---\n(.*\n)*?configs:', f.read(100_000)) is not None
+            return re.match(r'---\n((?!---).*\n)*?configs:', f.read(100_000)) is not None
     except OSError:
         return False
 
@@ -564,7 +564,7 @@ def main(argv=None):
     parser.add_argument('--val_fraction', type=float, default=0.1, help='share of the images kept for validation, without --val_source')
     parser.add_argument('--seed', type=int, default=1337, help='decides the split and the order, and the synthetic landscapes')
     parser.add_argument('--num_images', type=int, default=0, help='use only so many images of --source, picked at random (0: all; 10,000 if synthetic)')
-    parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes that decode; the result does not depend on it')
+    parser.add_argument('--workers', type=int, default=os.cpu_count() or 1, help='processes that decode; the result does not depend on it')
     args = parser.parse_args(argv)
     extras.check_values(args, val_fraction=('between 0 and 1', 0 < args.val_fraction < 1),
                         seed=('from 0 to 2 ** 63 - 1', 0 <= args.seed < 2 ** 63), num_images=('0 or more', args.num_images >= 0), workers=('0 or more', args.workers >= 0))

@@ -397,14 +397,15 @@ def main(argv=None):
         try:
             with autocast:
                 model(get_batch(train_data, range(micro), config, meta, device)).backward()
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, UserError):
             raise
         except Exception as e:  # no compiler, or one that does not work
             raise UserError(f'torch.compile does not work here ({extras.brief(e)}): use --compile=False') from None
         raw_model.zero_grad(set_to_none=True)
     wandb = start_wandb(config) if master and config.wandb_log else None
     if master:  # whatever can fail has not: from here on files are written
-        for path in old + glob.glob(os.path.join(glob.escape(config.out_dir), '**', '*.partial'), recursive=True):  # and of a run that was killed
+        partial = [glob.glob(os.path.join(glob.escape(config.out_dir), folder, '*.partial')) for folder in ('', 'images')]
+        for path in sum(partial, old):  # what a run that was killed has left, too
             os.remove(path)
         start_log(log_path, iteration if own else 0)
 
@@ -532,12 +533,17 @@ def main(argv=None):
         say(f'done: best validation {best_val_loss / math.log(2):.3f} bits/pixel at iteration {best_iter}. Paint with  python sample.py --ckpt ' + shlex.quote(f'{config.out_dir}/ckpt{best_iter}.pt'))
         caught.clear()
     else:
-        again = [word for word in sys.argv if not word.startswith(('--init_from', '--overwrite'))]
+        again, words = [], iter(sys.argv)
+        for word in words:
+            if word in ('--init_from', '--overwrite'):
+                next(words)  # its value
+            elif not word.startswith(('--init_from=', '--overwrite=')):
+                again.append(word)
         say(f"\nstopped at iteration {iteration}. Go on with  {'python' if world_size == 1 else 'torchrun ...'} {shlex.join(again)} --init_from=resume")
         caught.append(signal.SIGTERM)  # if it was another process that has got it
     if world_size > 1:
         dist.barrier()  # nobody leaves while another still evaluates
-        del model, loss  # what they hold of the process group would be freed after it, which now and then never ends
+        model = loss = None  # what they hold of the process group would be freed after it, which now and then never ends
         dist.destroy_process_group()
     if caught:
         sys.exit(128 + caught[0])

@@ -82,6 +82,7 @@ MISTAKES = {
     'a truncated train.bin': ('train.py {tiny} --data_dir={short}', 'whole images'),
     'a train.bin of half an image': ('train.py {tiny} --data_dir={half}', 'whole images'),
     'tokens that are no colours': ('train.py {tiny} --data_dir={words}', 'no 12-bit colour'),
+    'tokens that are none, compiled': ('train.py {tiny} --compile=True --out_dir={new}out --data_dir={words}', 'no 12-bit colour'),
     'tokens to validate with that are none': ('train.py {tiny} --max_iters=1 --out_dir={new}out --data_dir={valwords}', 'no 12-bit colour'),
     'no val.bin': ('train.py {tiny} --data_dir={noval}', 'val.bin is missing'),
     'a damaged meta.pkl': ('train.py {tiny} --data_dir={badmeta}', 'is damaged'),
@@ -203,7 +204,7 @@ def test_one_line_and_a_non_zero_exit(name, places):
     line, words = (text.format(**places) for text in MISTAKES[name])
     printed = call(*line.split(' '), code=1)
     *before, message = printed.splitlines()
-    assert all(line.startswith(('reading:', 'not used:', 'iter ')) or ' parameters (' in line or ' training and ' in line for line in before if line)  # no traceback, no warning
+    assert all(line.startswith(('reading:', 'not used:', 'iter ', 'compiling')) or ' parameters (' in line or ' training and ' in line for line in before if line)  # no traceback, no warning
     assert message.startswith('error: ') and words in message
     assert not places['mark'].exists()  # no file has run code
 

@@ -352,6 +352,8 @@ def test_a_clone_of_a_hub_repository(pictures, files, tmp_path):
     assert f'{repo}: choose one of its configurations, --config main, more' in call('prepare.py', '--source', repo, '--out_dir', tmp_path / 'out', code=1)
     call('prepare.py', '--source', repo, '--config', 'more', '--size', 16, '--out_dir', tmp_path / 'out')
     assert tokens_of(tmp_path / 'out') == tokens_from(io.BytesIO(data) for _, data in files[15:20])
+    (repo / 'README.md').write_text('---\nlicense: mit\n---\nA card that explains cards:\nconfigs:\n')
+    assert not prepare.has_configurations(repo)
 
 
 def test_parquet_files_that_are_hard_to_name(files, tmp_path):

@@ -171,7 +171,7 @@ def assert_same_run(a, b, last='ckpt40.pt'):
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_finishes_the_step_and_the_printed_command_goes_on_exactly(data, undisturbed, tmp_path, number):
     folder = tmp_path / 'my run'
-    process = start(*STEADY, f'--data_dir={data}', f'--out_dir={folder}')
+    process = start(*STEADY, f'--data_dir={data}', f'--out_dir={folder}', '--overwrite', 'True')  # two words, left out below
     wait_for(process, lambda: logged_up_to(folder) >= 10)
     process.send_signal(number)
     printed = process.communicate(timeout=60)[0]
@@ -250,15 +250,18 @@ def test_a_second_signal_stops_at_once(data, tmp_path):
 
 @pytest.mark.parametrize('how', ['SIGTERM to torchrun', 'Ctrl-C in its terminal'])
 def test_two_ranks_stop_together(data, tmp_path, how):
-    args = [*TINY, f'--data_dir={data}', f'--out_dir={tmp_path}', '--max_iters=100000']
-    process = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(ROOT / 'train.py'), *args], env=ENV,
+    args = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(ROOT / 'train.py'),
+            *TINY, f'--data_dir={data}', f'--out_dir={tmp_path}', '--max_iters=100000']
+    process = subprocess.Popen(args, env=ENV,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     wait_for(process, lambda: logged_up_to(tmp_path) >= 10)
     process.terminate() if how.startswith('SIGTERM') else os.killpg(process.pid, signal.SIGINT)
     printed = process.communicate(timeout=60)[0]
     assert 'stopped at iteration' in printed and 'torchrun ...' in printed
     iteration = load(tmp_path / 'ckpt_latest.pt')['iter_num']
-    assert f'going on from {tmp_path}/ckpt_latest.pt, iteration {iteration}' in call('train.py', *args, '--init_from=resume', f'--max_iters={iteration + 1}')
+    # resumed, without a step left to do
+    printed = subprocess.run([*args, '--init_from=resume', f'--max_iters={iteration}'], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+    assert printed.returncode == 0 and f'going on from {tmp_path}/ckpt_latest.pt, iteration {iteration}' in printed.stdout, printed.stdout
 
 
 def contents(folder):
@@ -300,8 +303,11 @@ def test_one_process_at_a_time_in_a_folder(data, tmp_path):
     assert f'another process is writing to {tmp_path}' in run(data, tmp_path, '--max_iters=1', code=1)
     lock.release()
     (tmp_path / 'ckpt5.pt.0a1b2c3d.partial').write_bytes(b'of a run that was killed')
+    other = tmp_path / 'other_run' / 'ckpt5.pt.0a1b2c3d.partial'
+    other.parent.mkdir()
+    other.write_bytes(b'of a run that is writing it')
     run(data, tmp_path, '--max_iters=1')
-    assert not list(tmp_path.glob('*.partial'))
+    assert list(tmp_path.rglob('*.partial')) == [other]
 
 
 def test_a_full_disk_while_training_is_one_line(data, tmp_path):
