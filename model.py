@@ -7,10 +7,11 @@ start embedding stands before the first pixel, so that every pixel is predicted,
     input       start  pixel 0 pixel 1  ... pixel 4094
     predicts   pixel 0 pixel 1 pixel 2  ... pixel 4095
 
-What lets it see in two dimensions are switches of GPTConfig, all off by default: then it is nanoGPT's model.
+What lets it see in two dimensions are switches of GPTConfig, all off by default: then it is nanoGPT's model. The model
+comes first, then its loss and Muon. sample.py paints with the same layers, a few pixels at a time.
 
-Shapes: B images, T pixels, P positions, C = n_embd, nh = n_head, hs = C / nh, V = vocab_size, K = neighbours,
-D = n_colour or C.
+Shapes: B images, T pixels, P positions (T with the start embedding, else T - 1), C = n_embd, nh = n_head, hs = C / nh,
+V = vocab_size, K = neighbours, D = n_colour or C.
 """
 import math
 from contextlib import nullcontext
@@ -26,15 +27,15 @@ from torch.utils.checkpoint import checkpoint
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 LEVELS = 16  # of a channel: a colour is red * 256 + green * 16 + blue
-# known pixels around the one to be predicted as (row, column) from it, the nearest first
+# known pixels around the predicted one as (row, column) from it, the nearest first: left, above, ...
 NEIGHBOURS = sorted(((row, column) for row in range(-3, 1) for column in range(-3, 4) if (row, column) < (0, 0)),
                     key=lambda at: (at[0] ** 2 + at[1] ** 2, -at[0], abs(at[1]), at[1]))
 
 
 @dataclass
 class GPTConfig:
-    """What a model is, as in nanoGPT, and its switches. Raises ValueError if they describe none."""
-    block_size: int = 4096  # positions: pixels of an image with the start embedding, one less without it
+    """The size of a model, as in nanoGPT, and its switches. Raises ValueError if they do not fit together."""
+    block_size: int = 4096  # positions, each predicts a pixel: those of an image, without start embedding one less
     vocab_size: int = 4096  # 12-bit colours
     n_layer: int = 4
     n_head: int = 4
@@ -45,21 +46,23 @@ class GPTConfig:
     # two dimensions; everything but factorised_colours needs the start embedding
     width: int = 64  # pixels of a row
     row_column_positions: bool = False  # an embedding of the row plus one of the column, not one of each position
-    neighbours: int = 0  # so many known pixels around the predicted one go through a small MLP into the first block
-    n_colour: int = 0  # numbers in a colour's vector, which two small layers take to and from n_embd (0: n_embd)
+    neighbours: int = 0  # how many known pixels around the predicted one go through a small MLP into the first block
+    n_colour: int = 0  # dimension of a colour's embedding, projected to n_embd and back for the head (0: n_embd)
     factorised_colours: bool = False  # a colour's vector is its own plus one for each of its red, green and blue levels
     relative_colours: bool = False  # logits also depend on how much each channel differs from the left and upper pixel
     attention: str = 'full'  # of the layers, in turn: full, local (its row and the one above) or column: 'local column'
-    reach: int = 0  # local attention sees the row above up to so many columns to the right (0: all); rows begin anew
-    alibi: bool = False  # local and column attention fade with distance, at another rate for each head
+    # local attention sees the row above only up to reach columns to the right (0: all of it), and each row begins with
+    # the start embedding instead of the last pixel above: so sample.py can paint pixels along a diagonal all at once
+    reach: int = 0
+    alibi: bool = False  # local and column attention fade with distance, each head at its own rate
 
     @property
     def tokens_per_image(self):
         return self.block_size + (not self.start_embedding)
 
     @property
-    def multiple(self):
-        """What the pixels come in: whole rows if it sees in two dimensions."""
+    def pad_to(self):
+        """Pixels are padded to a multiple of this: to whole rows, if anything is two-dimensional."""
         flat = not (self.row_column_positions or self.neighbours or self.relative_colours)
         return 1 if flat and set(self.attention.split()) == {'full'} else self.width
 
@@ -72,7 +75,7 @@ class GPTConfig:
                              "as in 'local column'")
         if not 0 <= self.neighbours <= len(NEIGHBOURS):
             raise ValueError(f'neighbours={self.neighbours}: give a number from 0 to {len(NEIGHBOURS)}')
-        if self.multiple > 1 and not self.start_embedding:
+        if self.pad_to > 1 and not self.start_embedding:
             raise ValueError('row_column_positions, neighbours, relative_colours and attention other than full '
                              'need start_embedding=True')
         if self.reach < 0 or self.reach and 'full' in kinds:
@@ -82,33 +85,35 @@ class GPTConfig:
         if self.reach and outside:
             raise ValueError(f'neighbours={self.neighbours}: of these, only {outside[0]} lie within '
                              f'reach={self.reach}; raise it or take fewer')
-        if self.block_size % self.multiple:
+        if (self.factorised_colours or self.relative_colours) and self.vocab_size != LEVELS ** 3:
+            raise ValueError(f'vocab_size={self.vocab_size}: factorised and relative colours need {LEVELS ** 3}')
+        if self.block_size % self.pad_to:
             raise ValueError(f'{self.block_size} pixels have to be whole rows of {self.width}')
 
 
-def recomputed(function, x):
-    """function(x), on a CPU computed again in the backward pass instead of keeping its intermediate results."""
+def checkpointed(function, x):
+    """Return function(x), on a CPU with activation checkpointing, to save memory and the time to write and read it."""
     return checkpoint(function, x, use_reentrant=False) if torch.is_grad_enabled() and not x.is_cuda else function(x)
 
 
 class CausalSelfAttention(nn.Module):
     """Attention over all earlier positions (full), those of its row and the one above (local), or those of its column.
 
-    Strided attention as in the Sparse Transformer (Child et al. 2019, arXiv 1904.10509), by reshaping into lanes of
-    positions: rows or columns. With ALiBi (Press et al. 2021, arXiv 2108.12409) a score is less by slope * (rows +
-    columns in between).
+    Strided attention as in the Sparse Transformer (Child et al. 2019, arXiv 1904.10509), by reshaping into shorter
+    sequences: rows or columns. ALiBi (Press et al. 2021, arXiv 2108.12409) subtracts slope * Manhattan distance from a
+    score, with slopes eight times the paper's: distances here are rows and columns, not thousands of tokens.
     """
 
     def __init__(self, config, kind):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # queries, keys, values in one
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # queries, keys and values
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head, self.dropout = config.n_head, config.dropout
         self.kind, self.width = kind, config.width
         if kind == 'full':
             self.mask = None  # causal
-        else:  # (1, 1 or nh, length, keys), added to the scores; with fewer dimensions a CPU would take a slow path
+        else:  # (1, 1 or nh, length, keys), added to the scores; with fewer dimensions a CPU takes a slow path
             length = self.width if kind == 'local' else config.block_size // self.width
             away = torch.arange(length)[:, None] - torch.arange(length)  # (length, length), below 0 what comes later
             distance, seen = away.abs(), away >= 0
@@ -121,25 +126,25 @@ class CausalSelfAttention(nn.Module):
             self.register_buffer('mask', mask, persistent=False)
 
     def forward(self, x, kv=None):
-        """(B, P, C) -> (B, P, C). kv: a list that receives queries, keys and values, (3, B * lanes, nh, length, hs)."""
+        """(B, P, C) -> (B, P, C). kv: a list that gets keys and values, (2, B * sequences, nh, length, hs)."""
         B, P, C = x.size()
         if self.kind == 'column':
             x = x.view(B, -1, self.width, C).transpose(1, 2)  # (B, width, height, C)
         length = {'full': P, 'local': self.width, 'column': P // self.width}[self.kind]
         qkv = self.c_attn(x).reshape(-1, length, 3, self.n_head, C // self.n_head)
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B * lanes, nh, length, hs)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B * sequences, nh, length, hs)
         if kv is not None:
-            kv.append(qkv)
-        # on a CPU in float32, where the gradient is five times slower in bfloat16
+            kv.append(qkv[1:])
+        # a CPU stays in float32: in bfloat16 its backward pass takes five times as long
         with nullcontext() if x.is_cuda else torch.autocast('cpu', enabled=False):
             q, k, v = qkv if x.is_cuda else qkv.to(x.dtype)
-            if self.kind == 'local':  # the row above, zeros above the first one, before the row itself
+            if self.kind == 'local':  # the row above before the row itself; the first row attends to zeros above it
                 above = lambda t: F.pad(t.unflatten(0, (B, -1)), (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1].flatten(0, 1)
                 k, v = (torch.cat((above(t), t), dim=2) for t in (k, v))
             mask = None if self.mask is None else self.mask[..., :length, :k.size(2)].to(q.dtype)
             dropout = self.dropout if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=mask is None)
-        y = self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # (B * lanes, length, C), heads side by side
+        y = self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # (B * sequences, length, C)
         if self.kind == 'column':
             y = y.view(B, self.width, -1, C).transpose(1, 2)
         return y.reshape(B, P, C)
@@ -169,12 +174,13 @@ class Block(nn.Module):
 
     def forward(self, x, kv=None):
         attend = lambda x: self.attn(self.ln_1(x), kv)
-        x = x + (attend(x) if self.attn.kind == 'full' else recomputed(attend, x))  # full attention takes too long
-        return x + recomputed(lambda x: self.mlp(self.ln_2(x)), x)
+        # full attention would take too long twice
+        x = x + (attend(x) if self.attn.kind == 'full' else checkpointed(attend, x))
+        return x + checkpointed(lambda x: self.mlp(self.ln_2(x)), x)
 
 
 class Stem(nn.Module):
-    """A small MLP over the embeddings of the neighbours: what a convolution would see of the image so far."""
+    """A small MLP over the embeddings of the neighbours: what a convolution sees of the image so far."""
 
     def __init__(self, config):
         super().__init__()
@@ -182,99 +188,21 @@ class Stem(nn.Module):
         self.c_proj = nn.Linear(2 * config.n_embd, config.n_embd, bias=False)
 
     def table(self, colours):
-        """(V + 1, D) -> ((V + 1) * K, 2C): what each colour adds to the hidden layer as each neighbour."""
+        """Return what each colour (V + 1, D) adds to the hidden layer as each neighbour: ((V + 1) * K, 2C)."""
         weight = self.c_fc.weight.view(len(self.c_fc.weight), -1, colours.size(1))  # (2C, K, D)
         return (colours @ weight.permute(2, 1, 0).flatten(1)).view(-1, len(weight))
 
-    def forward(self, around, colours):
-        """Neighbours (B, P, K) and the vectors of the colours -> (B, P, C)."""
-        B, P, K = around.shape
-        if B * P > 2 * len(colours) and not around.is_cuda:  # fewer colours than pixels; a GPU is faster at the product
-            rows = around * K + torch.arange(K, device=around.device)
+    def forward(self, neighbours, colours):
+        """Tokens of the neighbours (B, P, K) and embeddings of the colours (V + 1, D) -> (B, P, C)."""
+        B, P, K = neighbours.shape
+        # a CPU looks up the products of c_fc, where there are more pixels than colours to multiply; a GPU multiplies
+        if B * P > 2 * len(colours) and not neighbours.is_cuda:
+            rows = neighbours * K + torch.arange(K, device=neighbours.device)
             h = F.embedding_bag(rows.flatten(0, 1), self.table(colours).float(), mode='sum')
             h = h.to(colours.dtype).view(B, P, -1) + self.c_fc.bias
         else:
-            h = self.c_fc(F.embedding(around, colours).flatten(2))
+            h = self.c_fc(F.embedding(neighbours, colours).flatten(2))
         return self.c_proj(F.gelu(h))
-
-
-class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of x @ weight.T, x (n, C) and weight (V, C), against targets (n,), without (n, V) logits.
-
-    Chunks of rows go through the head, the softmax and the gradients of both while they are in the cache of a CPU:
-    three products as in the usual way, a fraction of the memory.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets):
-        rows = 512
-        loss = x.new_zeros((), dtype=torch.float32)
-        dx, dweight = torch.zeros_like(x), torch.zeros_like(weight)
-        for x_, dx_, targets_ in zip(x.split(rows), dx.split(rows), targets[:, None].split(rows)):
-            logits = (x_ @ weight.t()).to(torch.promote_types(x.dtype, torch.float32))
-            logits -= logits.amax(-1, keepdim=True)
-            loss -= logits.gather(1, targets_).sum()
-            probs = logits.exp_()
-            total = probs.sum(-1, keepdim=True)
-            loss += total.log().sum()
-            if ctx.needs_input_grad[0]:
-                probs /= total
-                probs.scatter_add_(1, targets_, -torch.ones_like(total))  # d loss / d logits
-                dx_.copy_(probs @ weight)
-                dweight += probs.t() @ x_
-        ctx.save_for_backward(dx / len(x), dweight / len(x))
-        return loss / len(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        dx, dweight = ctx.saved_tensors
-        return dx * grad, dweight * grad, None
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal: every direction of a matrix learns equally fast.
-
-    Jordan et al. 2024, kellerjordan.github.io/posts/muon.
-    """
-
-    def __init__(self, params, lr, weight_decay, momentum=0.95):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            params = group['params']
-            for p in params:
-                if 'momentum' not in self.state[p]:
-                    self.state[p]['momentum'] = torch.zeros_like(p)
-            gradients, momenta = [p.grad for p in params], [self.state[p]['momentum'] for p in params]
-            torch._foreach_lerp_(momenta, gradients, 1 - group['momentum'])
-            updates = torch._foreach_lerp(gradients, momenta, group['momentum'])  # Nesterov's
-            torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
-            # matrices with as many rows go together, laid on their side and made equally wide with zeros, which
-            # change nothing: telling a GPU of each product takes longer than the product
-            together = {}
-            for p, update in zip(params, updates):
-                together.setdefault(min(p.shape), []).append((p, update if p.size(0) <= p.size(1) else update.t()))
-            for pairs in together.values():
-                widest = max(update.size(1) for _, update in pairs)
-                padded = [F.pad(update, (0, widest - update.size(1))) for _, update in pairs]
-                for (p, update), o in zip(pairs, orthogonalise(torch.stack(padded))):
-                    o = o[:, :update.size(1)]
-                    rate = group['lr'] * max(1, p.size(0) / p.size(1)) ** 0.5
-                    p.add_(o if p.size(0) <= p.size(1) else o.t(), alpha=-rate)
-
-
-def orthogonalise(x):
-    """Matrices (..., n, m), n <= m -> nearly the orthogonal ones next to them, with singular values of 0.7 .. 1.2.
-
-    A quintic Newton-Schulz iteration.
-    """
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(5):
-        square = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return x
 
 
 class GPT(nn.Module):
@@ -304,97 +232,99 @@ class GPT(nn.Module):
         self.transformer.wte.weight = self.lm_head.weight  # tied: a colour has one vector, read and written
         self.transformer['up'] = nn.Linear(D, c.n_embd, bias=False) if c.n_colour else nn.Identity()
         self.down = nn.Linear(c.n_embd, D, bias=False) if c.n_colour else nn.Identity()
-        if c.relative_colours:  # a score for each difference -15 .. 15, of 3 channels, to the left and upper pixel
+        if c.relative_colours:  # a score for each difference -15 .. 15 of 3 channels to the left and to the upper pixel
             self.rel_head = nn.Linear(c.n_embd, 2 * 3 * (2 * LEVELS - 1))
         level = torch.arange(LEVELS)
         levels = torch.cartesian_prod(level, level, level)  # red, green and blue of each colour, (V, 3)
         self.register_buffer('one_hot', F.one_hot(levels, LEVELS).flatten(1).float(), persistent=False)  # (V, 48)
-        # which of the 93 scores a level has beside a colour (V + 1, 48); the same for all where the image ends
-        differences = F.pad(level - levels[:, :, None] + LEVELS - 1, (0, 0, 0, 0, 0, 1))  # (V + 1, 3, 16)
-        differences = (differences + torch.arange(3)[:, None] * (2 * LEVELS - 1)).flatten(1)
-        self.register_buffer('differences', differences, persistent=False)
+        # beside a neighbour of each colour, which of its 3 * 31 scores each of the 3 * 16 levels gets, (V + 1, 48).
+        # Outside the image, colour V, all levels of a channel get the same one, which softmax ignores
+        score_index = F.pad(level - levels[:, :, None] + LEVELS - 1, (0, 0, 0, 0, 0, 1))  # 0 .. 30, (V + 1, 3, 16)
+        score_index = (score_index + torch.arange(3)[:, None] * (2 * LEVELS - 1)).flatten(1)
+        self.register_buffer('score_index', score_index, persistent=False)
 
-        # GPT-2's initialisation: layers that add to the residual stream start smaller, the more of them there are
+        # GPT-2's initialisation: the more layers add to the residual stream, the smaller they start
         for name, p in self.named_parameters():
             if p.dim() >= 2:
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) if name.endswith('c_proj.weight') else 0.02)
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
-        if c.factorised_colours:  # four vectors add up to that of a colour
+        if c.factorised_colours:  # a sum of four
             nn.init.normal_(self.transformer.wte.weight, std=0.01)
             nn.init.normal_(self.transformer.wle.weight, std=0.01)
-        if c.n_colour:  # what goes through keeps its size
+        if c.n_colour:  # keeps the variance
             for layer in (self.transformer.up, self.down):
                 nn.init.normal_(layer.weight, std=layer.in_features ** -0.5)
         if c.relative_colours:
             nn.init.zeros_(self.rel_head.weight)
 
     def num_params(self):
-        """Number of parameters without the positions, as nanoGPT counts."""
+        """Return the number of parameters without the positions, as nanoGPT counts."""
         positions = ('transformer.wpe', 'transformer.wre', 'transformer.wce')
         return sum(p.numel() for name, p in self.named_parameters() if not name.startswith(positions))
 
     def colours(self):
-        """The vector of each colour, for embedding and head, (V, D)."""
+        """Return the embedding of each colour, which the head uses too, (V, D)."""
         table = self.transformer.wte.weight
         return table + self.one_hot @ self.transformer.wle.weight if self.config.factorised_colours else table
 
     def positions(self):
-        """The embedding of each position, (block_size, C)."""
+        """Return the embedding of each position, (block_size, C)."""
         h = self.transformer
         if self.config.row_column_positions:
             return (h.wre.weight[:, None] + h.wce.weight).flatten(0, 1)
         return h.wpe.weight
 
-    def around(self, tokens):
-        """Whole rows of pixels (B, T) -> the known ones around each, nearest first, (B, T, 24); V beyond the image."""
-        canvas = F.pad(tokens.view(len(tokens), -1, self.config.width), (3, 3, 3, 0), value=self.config.vocab_size)
-        height, width = canvas.size(1) - 3, self.config.width
+    def neighbours(self, tokens):
+        """Whole rows of pixels (B, T) -> the tokens of each one's neighbours, (B, T, 24), V outside the image."""
+        height, width = tokens.size(1) // self.config.width, self.config.width
+        canvas = F.pad(tokens.view(-1, height, width), (3, 3, 3, 0), value=self.config.vocab_size)
         shifted = [canvas[:, 3 + y:3 + y + height, 3 + x:3 + x + width] for y, x in NEIGHBOURS]
         return torch.stack(shifted, dim=-1).flatten(1, 2)
 
-    def relative_scores(self, scores, around):
-        """What rel_head gives (..., 186), neighbours (..., 24) -> scores of red, green and blue levels (..., 48)."""
-        which = torch.embedding(self.differences, around[..., :2])  # beside the left and the upper pixel, (..., 2, 48)
-        return scores.view(*scores.shape[:-1], 2, -1).gather(-1, which).sum(-2)
+    def relative_scores(self, scores, neighbours):
+        """Scores of rel_head (..., 186) and neighbours (..., 2 or more) -> scores of the 3 * 16 levels, (..., 48)."""
+        index = F.embedding(neighbours[..., :2], self.score_index)  # beside the left and the upper pixel, (..., 2, 48)
+        return scores.view(*scores.shape[:-1], 2, -1).gather(-1, index).sum(-2)
 
     def features(self, tokens, kv=None):
-        """Pixels from the first one on, (B, T) -> what the head reads, (B, P, C'), and its weights, (V, C').
+        """The first T pixels of images (B, T) -> inputs of the head (B, P, D'), and its weights (V, D').
 
-        The last P of the T pixels are predicted, each from those before it: P is T with the start embedding and T - 1
-        without. kv as in CausalSelfAttention.
+        The last P pixels are predicted, each from those before it. D' is D, with relative colours D + 48: the logits
+        are one product in either case. kv as in CausalSelfAttention.
         """
         c, h, T = self.config, self.transformer, tokens.size(1)
-        tokens = F.pad(tokens, (0, -T % c.multiple))  # what is added comes after everything else
+        tokens = F.pad(tokens, (0, -T % c.pad_to))  # with later pixels, which no earlier one sees
         colours = self.colours()
         x = h.up(F.embedding(tokens, colours))
-        if c.start_embedding:  # before the image; with reach before each row
-            x = x.unflatten(1, (-1, c.width)) if c.reach else x[:, None]
-            x = torch.cat((h.wse.weight.expand(*x.shape[:2], 1, -1), x[:, :, :-1]), dim=2).flatten(1, 2)
+        if c.start_embedding:  # a position reads the pixel before it, the first one (with reach: of each row) the start
+            rows = x.unflatten(1, (-1, c.width if c.reach else x.size(1)))
+            start = h.wse.weight.expand(*rows.shape[:2], 1, -1)
+            x = torch.cat((start, rows[:, :, :-1]), dim=2).flatten(1, 2)
         else:
             x = x[:, :-1]
         x = x + self.positions()[:x.size(1)]
         if c.neighbours or c.relative_colours:
-            around = self.around(tokens)
+            neighbours = self.neighbours(tokens)
         if c.neighbours:
-            x = x + h.stem(around[..., :c.neighbours], F.pad(colours, (0, 0, 0, 1)))  # zeros where there is none
+            x = x + h.stem(neighbours[..., :c.neighbours], F.pad(colours, (0, 0, 0, 1)))  # zeros outside the image
         x = h.drop(x)
         for block in h.h:
             x = block(x, kv)
         x = h.ln_f(x)
         low = self.down(x)
-        if c.relative_colours:  # one product for both kinds of logits
-            low = torch.cat((low, self.relative_scores(self.rel_head(x), around)), dim=-1)
+        if c.relative_colours:
+            low = torch.cat((low, self.relative_scores(self.rel_head(x), neighbours)), dim=-1)
             colours = torch.cat((colours, self.one_hot), dim=1)
         return low[:, :T - 1 + c.start_embedding], colours
 
     def logits(self, tokens):
-        """Images, or their first T pixels, (B, T) -> logits (B, P, V) of the last P, each from earlier pixels only."""
+        """The first T pixels of images (B, T) -> logits (B, P, V) of the last P, each from earlier pixels only."""
         x, weight = self.features(tokens)
         return x @ weight.t()
 
     def forward(self, tokens):
-        """Images, or their first T pixels, (B, T) -> mean cross-entropy of the last P pixels in nats."""
+        """The first T pixels of images (B, T) -> mean cross-entropy of the last P in nats."""
         x, weight = self.features(tokens)
         x, targets = x.flatten(0, 1), tokens[:, -x.size(1):].flatten()
         if x.is_cuda:  # has memory to spare, and torch.compile makes one kernel of softmax and gradient
@@ -402,9 +332,9 @@ class GPT(nn.Module):
         return HeadLoss.apply(x, weight, targets)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, muon_lr=0.0):
-        """-> [AdamW] as in nanoGPT: matrices and embeddings decay, gains and biases do not; fused on CUDA.
+        """Return [AdamW] as in nanoGPT: matrices and embeddings decay, gains and biases do not; fused on CUDA.
 
-        With muon_lr -> [AdamW, Muon]: the matrices between embeddings and head go to Muon, the rest stays with AdamW.
+        With muon_lr [AdamW, Muon]: the matrices between embeddings and head go to Muon, the rest stays with AdamW.
         """
         inner = ('transformer.h.', 'transformer.stem.', 'transformer.up.', 'down.')
         matrices = [p for name, p in self.named_parameters() if muon_lr and p.dim() == 2 and name.startswith(inner)]
@@ -415,6 +345,85 @@ class GPT(nn.Module):
         return [adamw, Muon(matrices, muon_lr, weight_decay)] if matrices else [adamw]
 
     def generate(self, tokens, max_new_tokens=None, **options):
-        """Continue images pixel by pixel: prompts (B, T) -> (B, T + max_new_tokens). The rest says sample.generate."""
+        """Continue images pixel by pixel: prompts (B, T) -> (B, T + max_new_tokens). Options as in sample.generate."""
         import sample  # which imports this file
         return sample.generate(self, tokens, max_new_tokens, **options)
+
+
+class HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy of x @ weight.T, x (n, C) and weight (V, C), against targets (n,), without (n, V) logits.
+
+    Chunks of rows go through the head, the softmax and the gradients of both while they are in the cache of a CPU: as
+    many matrix products as usual, in a fraction of the memory. x and weight need gradients both or not at all.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        rows = 512
+        loss = x.new_zeros((), dtype=torch.float32)
+        dx, dweight = torch.zeros_like(x), torch.zeros_like(weight)
+        for x_, dx_, targets_ in zip(x.split(rows), dx.split(rows), targets[:, None].split(rows)):
+            logits = (x_ @ weight.t()).to(torch.promote_types(x.dtype, torch.float32))
+            logits -= logits.amax(-1, keepdim=True)
+            loss -= logits.gather(1, targets_).sum()
+            probs = logits.exp_()
+            total = probs.sum(-1, keepdim=True)
+            loss += total.log().sum()
+            if ctx.needs_input_grad[0]:
+                probs /= total
+                probs.scatter_add_(1, targets_, -torch.ones_like(total))  # d loss / d logits
+                dx_.copy_(probs @ weight)
+                dweight += probs.t() @ x_
+        ctx.save_for_backward(dx / len(x), dweight / len(x))
+        return loss / len(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dweight = ctx.saved_tensors
+        return dx * grad, dweight * grad, None
+
+
+class Muon(torch.optim.Optimizer):
+    """SGD with momentum whose updates are made orthogonal, so that every direction of a matrix learns equally fast.
+
+    Jordan et al. 2024, kellerjordan.github.io/posts/muon.
+    """
+
+    def __init__(self, params, lr, weight_decay, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params = group['params']
+            for p in params:
+                if 'momentum' not in self.state[p]:
+                    self.state[p]['momentum'] = torch.zeros_like(p)
+            gradients, momenta = [p.grad for p in params], [self.state[p]['momentum'] for p in params]
+            torch._foreach_lerp_(momenta, gradients, 1 - group['momentum'])
+            updates = torch._foreach_lerp(gradients, momenta, group['momentum'])  # Nesterov's
+            torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
+            # matrices of equal height, after transposing tall ones, are stacked, and padded with zeros, which change
+            # nothing: launching a product on a GPU takes longer than the product
+            together = {}
+            for p, update in zip(params, updates):
+                together.setdefault(min(p.shape), []).append((p, update if p.size(0) <= p.size(1) else update.t()))
+            for pairs in together.values():
+                widest = max(update.size(1) for _, update in pairs)
+                padded = [F.pad(update, (0, widest - update.size(1))) for _, update in pairs]
+                for (p, update), o in zip(pairs, orthogonalise(torch.stack(padded))):
+                    o = o[:, :update.size(1)]
+                    rate = group['lr'] * max(1, p.size(0) / p.size(1)) ** 0.5
+                    p.add_(o if p.size(0) <= p.size(1) else o.t(), alpha=-rate)
+
+
+def orthogonalise(x):
+    """Return, for matrices (..., n, m), n <= m, nearly the nearest orthogonal ones: singular values of 0.7 to 1.2.
+
+    By a quintic Newton-Schulz iteration.
+    """
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x

@@ -4,8 +4,9 @@
     python sample.py --ckpt out/ckpt6000.pt --first_pixel FEC --seed 7   # all from a pale yellow one
     python sample.py --ckpt out/ckpt6000.pt --image photo.png --rows 32  # finish a picture from its upper half
     python sample.py --ckpt out/ckpt6000.pt --num_samples 4 --gif --scale 4  # and watch it being painted
+
+B images of N pixels, n pixels of a wave; C = n_embd, nh = n_head, hs = C / nh, V = vocab_size, K = neighbours.
 """
-import itertools
 import math
 import os
 import time
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -20,7 +22,7 @@ import extras
 from extras import UserError
 from model import LEVELS, NEIGHBOURS
 
-GREY = 0x666  # of what is not painted yet
+GREY = 0x666  # of pixels that are not painted yet
 
 # -----------------------------------------------------------------------------
 # the sampler
@@ -29,12 +31,14 @@ def generate(model, tokens, max_new_tokens=None, *, temperature=1.0, top_k=None,
              use_cache=True, progress=None):
     """Continue images pixel by pixel: prompts (B, T) -> (B, T + max_new_tokens), the prompts included.
 
-    T may be 0 with the start embedding. max_new_tokens: the rest of the image if None. temperature 0 takes the
-    likeliest colour; top_k and top_p as in filter_logits. generator draws a seed for every image, which decides all
-    its noise, so that it gives the same images, up to rounding, with the cache and without it, in a batch of any
-    size and on any device. More images than images_at_once are painted in batches.
-    use_cache=False is the plain loop, everything again for every pixel: slow, and what the sampler must equal.
-    progress, if given, is called with numbers of new pixels. Raises ValueError.
+    tokens: the first T pixels of each image, 0 or more with the start embedding, else 1 or more.
+    max_new_tokens: how many pixels to paint; the rest of the image if None.
+    temperature, top_k, top_p: as in filter_logits; temperature 0 takes the most likely colour.
+    generator: a torch.Generator, from which each image gets a seed for all of its noise. So a picture depends, up to
+        rounding, neither on use_cache nor on the size of the batch nor on the model's device.
+    use_cache: False runs the whole model again for every pixel: slow, and the reference for everything else here.
+    progress: called with the number of pixels just painted.
+    Raises ValueError.
     """
     config, device = model.config, model.lm_head.weight.device
     tokens = torch.as_tensor(tokens, dtype=torch.long, device=device)
@@ -45,344 +49,292 @@ def generate(model, tokens, max_new_tokens=None, *, temperature=1.0, top_k=None,
     if T == 0 and not config.start_embedding:
         raise ValueError('a model without start embedding cannot draw the first pixel: give one')
 
-    where = generator.device if generator else 'cpu'
-    seeds = torch.randint(2 ** 62, (B,), generator=generator, device=where).to(device)
+    seeds = torch.randint(2 ** 62, (B,), generator=generator, device=generator.device if generator else 'cpu')
     images = torch.cat((tokens, tokens.new_zeros(B, new)), dim=1)
     draw = lambda logits, noise: sample(filter_logits(logits, temperature, top_k, top_p), noise)
-    batch = min(B, images_at_once(model))
-    paint = paint_plainly if not use_cache else paint_graphs if device.type == 'cuda' else paint_waves
-    with painting(model):
-        # views: painting a part writes into images
-        for part, part_seeds in zip(images.split(batch), seeds.split(batch)) if new else ():
-            for pixels in paint(model, part, part_seeds, draw, T):
+    loop = plain_loop if not use_cache else graph_loop if device.type == 'cuda' else wave_loop
+    batch_size = images_at_once(model)
+    with inference_settings(model):
+        # batches are views: what is painted into them is painted into images
+        for batch, batch_seeds in zip(images.split(batch_size), seeds.to(device).split(batch_size)) if B * new else ():
+            for count in loop(model, batch, batch_seeds, draw, T):
                 if progress:
-                    progress(len(part) * pixels)
+                    progress(len(batch) * count)
     return images
 
 
-def paint_plainly(model, images, seeds, draw, first):
-    """Fill images (B, N) from pixel first on, each from its seed (B,).
-
-    Yields how many pixels of each have just been drawn. The whole image so far goes through the whole model, for every
-    pixel.
-    """
+def plain_loop(model, images, seeds, draw, first):
+    """Paint images (B, N) from pixel first on, one pixel after the other. Yields the number of pixels just painted."""
     for i in range(first, images.size(1)):
-        x, weight = model.features(images[:, :i + 1])  # the pixel itself is not looked at
+        x, weight = model.features(images[:, :i + 1])  # the model does not see pixel i itself, which it predicts
         logits = x[:, -1] @ weight.t()
-        images[:, i] = draw(logits, gumbel_noise(seeds, torch.tensor([i], device=images.device), logits.size(-1))[0])
+        noise = gumbel_noise(seeds, torch.tensor([i], device=images.device), logits.size(-1))
+        images[:, i] = draw(logits, noise[0])
         yield 1
 
 
-def paint_waves(model, images, seeds, draw, first):
-    """The same image, all pixels of a wave at a time, on a CPU."""
-    decoder = Decoder(model, *images.shape)
-    decoder.prefill(images[:, :first])
-    for wave, pixels in adapt_threads(decoder.waves(first), min(torch.get_num_threads(), 2 * len(images))):
-        decoder.paint(wave, seeds, draw)
-        yield pixels
+def wave_loop(model, images, seeds, draw, first):
+    """Paint the same images wave by wave, with a cache: on a CPU."""
+    decoder = Decoder(model, images, first)
+    for pixels in adapt_threads(decoder.waves(first), min(torch.get_num_threads(), 2 * len(images))):
+        decoder.step(pixels, seeds, draw)
+        yield len(pixels)
     images.copy_(decoder.painted())
 
 
-def paint_graphs(model, images, seeds, draw, first, together=8):
-    """The same as a CUDA graph of so many waves together, for GPUs that take longer to launch a kernel than to run it.
+def graph_loop(model, images, seeds, draw, first, steps=8):
+    """Paint the same images by CUDA graphs of several waves: launching their kernels takes longer than running them.
 
-    A graph repeats the very same work. So all waves are as long as the longest, with pixels that nobody looks at, and
-    where they lie is told by tables that the graph reads, at the number of the wave. On a CPU the waves come one by
-    one, which tests all but the capture.
+    A graph repeats the same kernels on the same memory. So every wave is made as long as the longest, and the graph
+    reads its pixels from a table. On a CPU nothing is captured, and the rest can be tested.
     """
-    decoder = Decoder(model, *images.shape)
-    decoder.prefill(images[:, :first])
-    waves, pixels = zip(*decoder.waves(first))
-    waves += waves[-1:] * (-len(waves) % together)  # painting the last one again changes nothing
-    lengths = pixels + pixels[-1:] * together
-    table = {name: torch.tensor([[*wave[name]] + [unseen] * (max(pixels) - n) for wave, n in zip(waves, lengths)],
-                                device=images.device) for name, unseen in decoder.unseen.items()}
-    number = torch.zeros(1, dtype=torch.long, device=images.device)
+    decoder = Decoder(model, images, first, views=False)
+    waves = decoder.waves(first)
+    counts = [len(pixels) for pixels in waves]
+    waves += waves[-1:] * (-len(waves) % steps)
+    # waves are padded with their last pixel, and the last wave is repeated: to paint a pixel again changes nothing
+    table = torch.stack([F.pad(pixels, (0, max(counts) - len(pixels)), value=int(pixels[-1])) for pixels in waves])
+    wave = torch.zeros(1, dtype=torch.long, device=images.device)  # row of the table
 
-    def paint():
-        for _ in range(together):
-            decoder.paint({name: rows.index_select(0, number)[0] for name, rows in table.items()}, seeds, draw)
-            number.add_(1)
+    def run():
+        for _ in range(steps):
+            decoder.step(table.index_select(0, wave)[0], seeds, draw)
+            wave.add_(1)
 
     graph = None
-    for begin in range(0, len(waves), together):
+    for begin in range(0, len(waves), steps):
         if not images.is_cuda:
-            paint()
-        elif begin == 0:  # libraries set themselves up in the first steps, which are therefore not captured
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                paint()
-            torch.cuda.current_stream().wait_stream(side)
+            run()
+        elif begin == 0:  # the first kernels set up their libraries, which cannot be captured
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                run()
+            torch.cuda.current_stream().wait_stream(stream)
         else:
-            if not graph:
+            if graph is None:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
-                    paint()
+                    run()
             graph.replay()
-        yield sum(pixels[begin:begin + together])
+        yield sum(counts[begin:begin + steps])
     images.copy_(decoder.painted())
 
 
 def wave_stride(config):
-    """The pixels with the same x + stride * y are a wave: with reach a diagonal, else one pixel."""
+    """Return how many columns a row is ahead of the one below it.
+
+    Pixels with the same x + stride * y are a wave (a wavefront) and are painted together. A pixel sees the row above up
+    to reach columns to its right, so that none of a wave depends on another one: with reach=2, in a picture 6 wide,
+
+        0  1  2  3  4  5
+        3  4  5  6  7  8
+        6  7  8  9 10 11
+
+    Without reach a pixel sees all of the row above, and every wave is a single pixel.
+    """
     return min(config.reach + 1, config.width) if config.reach else config.width
 
 
 class Decoder:
-    """What the sampler keeps for B images of N pixels: weights, pixels so far, and their keys and values.
+    """GPT.features for n pixels of B images at a time, with a cache of keys and values.
 
-    The weights are laid out for few pixels at a time. Where the parts of a wave lie is told by ranges: all that it
-    reads or writes has equal distances in memory, so that it is a view and nothing is copied.
+    The cache of a layer is (2, lanes, B * nh, slots, hs). A lane holds what one pixel attends to: full attention has
+    one lane; column attention one for each column; local attention one for each row y, with the keys of row y - 1 in
+    front of those of row y (zeros above the first row, as in the model), so that these keys are stored twice.
     """
 
-    def __init__(self, model, B, N):
-        c, h, device = model.config, model.transformer, model.lm_head.weight.device
+    def __init__(self, model, images, first, views=True):
+        """images (B, N) are painted from pixel first on. views: read lanes as slices, which a CUDA graph cannot do."""
+        (B, N), c, h, device = images.shape, model.config, model.transformer, images.device
         W, H, V = c.width, -(-c.tokens_per_image // c.width), c.vocab_size
-        self.model, self.B, self.N, self.width, self.height, self.n_head = model, B, N, W, H, c.n_head
+        self.model, self.B, self.N, self.width, self.views = model, B, N, W, views
         self.stride = wave_stride(c)
-        self.diagonals = -(-W // self.stride)  # columns of a wave, at most
-        self.columns = self.lane_of_column(torch.arange(W, device=device))  # where each of them lies, (W,)
-        self.shift = int(not c.start_embedding)  # from a pixel back to the position that predicts it
-
-        # the weights
+        # weights, as plain functions where that is faster: for few pixels, calling a module takes longer than its work
         colours = model.colours()
-        wide = h.up(colours)
-        # the edge of the canvas reads as the start
-        self.wte = torch.cat((wide, h.wse.weight if c.start_embedding else torch.zeros_like(wide[:1])))
-        self.positions, self.ln_f = model.positions(), norm(h.ln_f)
-        self.down = sum_of_blocks(model.down, c.n_head) if c.n_colour else None
-        self.head = colours.view(LEVELS, -1, colours.size(1)).mT.contiguous()  # (16, D, V / 16), blocks as the others
-        self.layers = [(b.attn.kind, norm(b.ln_1), linear(b.attn.c_attn, 3), sum_of_blocks(b.attn.c_proj, c.n_head),
-                        norm(b.ln_2), linear(b.mlp.c_fc, 4), sum_of_blocks(b.mlp.c_proj, 4)) for b in h.h]
-        if c.neighbours:  # what the stem's hidden layer gets from each colour as each neighbour; bias: from the first
-            self.stem, self.stem_proj = h.stem.table(F.pad(colours, (0, 0, 0, 1))), sum_of_blocks(h.stem.c_proj, 2)
-            self.stem[::c.neighbours] += h.stem.c_fc.bias
-            self.kth = torch.arange(c.neighbours, device=device)
+        wte = h.up(colours)
+        self.wte = torch.cat((wte, h.wse.weight if c.start_embedding else wte[:1]))  # (V + 1, C), colour V is the start
+        self.positions, self.ln_f, self.head = model.positions(), layer_norm(h.ln_f), product(colours)
+        self.down = linear(model.down) if c.n_colour else nn.Identity()
+        self.layers = [(b.attn.kind, layer_norm(b.ln_1), linear(b.attn.c_attn), linear(b.attn.c_proj),
+                        layer_norm(b.ln_2), linear(b.mlp.c_fc), linear(b.mlp.c_proj)) for b in h.h]
+        if c.neighbours:
+            self.stem = h.stem.table(F.pad(colours, (0, 0, 0, 1)))  # ((V + 1) * K, 2C)
+            self.stem[::c.neighbours] += h.stem.c_fc.bias  # added once for each pixel, with its first neighbour
+            self.stem_proj = linear(h.stem.c_proj)
         if c.relative_colours:
-            self.rel_head = linear(model.rel_head, 2)  # beside the left and the upper pixel
+            self.rel_head = linear(model.rel_head)
 
-        # the pixels so far lie on a canvas, with V around the image and where none is yet
-        row = W + 6
-        self.pixels = torch.arange(H * W, device=device)
-        self.cells = (self.pixels // W + 3) * row + self.pixels % W + 3  # of each pixel
-        self.canvas = torch.full((B, (H + 3) * row + 1), V, device=device)
-        self.before = F.pad(self.cells[:-1], (1, 0))  # the cell of the pixel before
+        # the canvas: pixels painted so far and a margin of 3, with V in the margin and where nothing is painted yet
+        pixels, row = torch.arange(H * W, device=device), W + 6
+        x, y = pixels % W, pixels // W
+        self.canvas = torch.full(((H + 3) * row, B), V, device=device)
+        self.cells = (y + 3) * row + x + 3  # where each pixel lies on it, (H * W,)
+        previous = F.pad(self.cells[:-1], (1, 0))  # where the one before it lies; cell 0 is in the margin
         if c.reach:
-            self.before[::W] = 0  # the edge
-        around = [y * row + x for y, x in NEIGHBOURS[:max(c.neighbours, 2)]]
-        self.around = self.cells[:, None] + torch.tensor(around, device=device)  # cells, (H * W, K)
+            previous[::W] = 0
+        offsets = torch.tensor([y * row + x for y, x in NEIGHBOURS[:max(c.neighbours, 2)]], device=device)
+        self.neighbours = self.cells[:, None] + offsets  # where the neighbours of each one lie, (H * W, K)
+        # columns that a wave meets from the top down, stride apart from right to left, are neighbouring lanes
+        longest = -(-W // self.stride)
+        lane = (x % self.stride + 1) * longest - 1 - x // self.stride
+        self.shift = int(not c.start_embedding)  # from a pixel back to the position that predicts it
+        self.places = torch.stack((x, y, lane, previous, pixels - self.shift), 1)  # what a step looks up, (H * W, 5)
 
-        # keys and values (2, lanes, B * nh, keys, hs). A lane is what a pixel may attend to: all pixels (full), the row
-        # above and its own (local), or its column, where the columns of a wave lie side by side
-        lanes = {'full': 1, 'local': H + 1, 'column': self.stride * self.diagonals}
-        keys, heads, hs = {'full': c.block_size, 'local': 2 * W, 'column': H}, B * c.n_head, c.n_embd // c.n_head
-        self.kv = [colours.new_zeros(2, lanes[kind] + 1, heads, keys[kind], hs) for kind, *_ in self.layers]
-        # what attention adds to scores: local by column, column by row, (lanes, B * nh, 1, keys)
-        self.masks = {}
-        for attn in (b.attn for b in h.h if b.attn.kind != 'full'):
-            mask = attn.mask[0].expand(c.n_head, -1, -1).repeat(B, 1, 1).transpose(0, 1)[:, :, None]
-            other, where = ('column', self.columns) if attn.kind == 'local' else ('local', slice(H))
-            self.masks[attn.kind] = mask.new_zeros(1 + lanes[other], *mask.shape[1:])
-            self.masks[attn.kind][where] = mask
-        # where a graph reads and writes what nobody looks at
-        self.unseen = {'pixel': 0, 'position': 0, 'cell': self.canvas.size(1) - 1, 'x': 0, 'y': 0, 'own': 0,
-                       'row': lanes['local'], 'below': lanes['local'], 'column': lanes['column']}
-
-    def lane_of_column(self, x):
-        """Where column x lies: those that are stride apart follow each other from right to left, as in a wave."""
-        return (x % self.stride + 1) * self.diagonals - 1 - x // self.stride
+        lanes = {'full': 1, 'local': H + 1, 'column': self.stride * longest}
+        slots = {'full': c.block_size, 'local': 2 * W, 'column': H}
+        self.cache = [colours.new_zeros(2, lanes[kind], B * c.n_head, slots[kind], c.n_embd // c.n_head)
+                      for kind, *_ in self.layers]
+        # added to the scores of each column (local) or row (column), (W or H, B * nh, 1, slots)
+        self.masks = {b.attn.kind: b.attn.mask[0].expand(c.n_head, -1, -1).repeat(B, 1, 1).transpose(0, 1)[:, :, None]
+                      for b in h.h if b.attn.kind != 'full'}
+        self.prefill(images[:, :first])
 
     def waves(self, first):
-        """-> for every wave, without the pixels before first: ranges where its parts lie, and its number of pixels."""
-        W, stride = self.width, self.stride
-        for t in range(W + stride * (self.height - 1)):
-            (top, left), (bottom, right) = divmod(first, W), divmod(self.N - 1, W)
-            top = max(top + (t - stride * top < left), -(-(t - W + 1) // stride))
-            bottom = min(bottom - (t - stride * bottom > right), t // stride)
-            n, x = bottom - top + 1, t - stride * top  # (top, x) is its uppermost pixel
-            if n > 0:
-                pixel, column = top * W + x, self.lane_of_column(x)
-                parts = {'pixel': (pixel, W - stride), 'position': (pixel - self.shift, W - stride),
-                         'cell': ((top + 3) * (W + 6) + x + 3, W + 6 - stride), 'row': (top, 1), 'below': (top + 1, 1),
-                         'y': (top, 1), 'column': (column, 1), 'x': (x, -stride), 'own': (W + x, -stride)}
-                yield {name: range(start, start + n * (step or 1), step or 1)
-                       for name, (start, step) in parts.items()}, n
+        """Return the pixels of every wave, each (n,) from the top down, without those before pixel first."""
+        x, y = self.places[first:self.N, :2].unbind(1)
+        waves, order = (x + self.stride * y).sort(stable=True)
+        return list((first + order).split(waves.unique_consecutive(return_counts=True)[1].tolist()))
 
     def prefill(self, tokens):
-        """Keep prompts (B, T), and their keys and values."""
+        """Put prompts (B, T) on the canvas and their keys and values into the cache."""
         B, T = tokens.shape
-        if T:
-            self.canvas[:, self.cells[:T]] = tokens
-            new = []
-            self.model.features(F.pad(tokens, (0, 1)) if T < self.N else tokens, new)
-            for (kind, *_), qkv, kv in zip(self.layers, new, self.kv):
-                fresh = qkv[1:].unflatten(1, (B, -1)).transpose(1, 2).flatten(2, 3)  # (2, lanes, B * nh, length, hs)
-                count, length = fresh.size(1), fresh.size(3)
-                if kind == 'local':
-                    kv[:, :count, :, length:], kv[:, 1:count + 1, :, :length] = fresh, fresh
-                else:
-                    kv[:, self.columns if kind == 'column' else slice(1), :, :length] = fresh
+        self.canvas[self.cells[:T]] = tokens.t()
+        new = []
+        if T > self.shift:
+            self.model.features(tokens, new)
+        for (kind, *_), kv, cache in zip(self.layers, new, self.cache):
+            kv = kv.unflatten(1, (B, -1)).transpose(1, 2).flatten(2, 3)  # (2, lanes, B * nh, length, hs)
+            count, length = kv.size(1), kv.size(3)
+            if kind == 'local':
+                cache[:, :count, :, length:], cache[:, 1:count + 1, :, :length] = kv, kv
+            else:
+                cache[:, self.places[:self.width, 2] if kind == 'column' else slice(1), :, :length] = kv
 
-    def paint(self, wave, seeds, draw):
-        """Draw the pixels of a wave, with seeds (B,) and draw(logits, noise), both (n * B, V), -> tokens (n * B,)."""
-        logits = self.decode(wave)
-        noise = gumbel_noise(seeds, self.pixels[pick(wave['pixel'])], logits.size(-1)).flatten(0, 1)
-        self.canvas[:, pick(wave['cell'])] = draw(logits, noise).view(-1, self.B).t()
+    def step(self, pixels, seeds, draw):
+        """Paint the pixels (n,) of a wave. seeds (B,); draw: logits and noise, both (n * B, V), -> tokens (n * B,)."""
+        logits = self.decode(pixels)
+        noise = gumbel_noise(seeds, pixels, logits.size(-1)).flatten(0, 1)
+        self.canvas[self.cells[pixels]] = draw(logits, noise).view(-1, self.B)
 
     def painted(self):
-        """The images so far, (B, N)."""
-        return self.canvas[:, self.cells[:self.N]]
+        """Return the images so far, (B, N)."""
+        return self.canvas[self.cells[:self.N]].t()
 
-    def decode(self, wave):
-        """A wave -> logits of its pixels, (n * B, V), those of an image next to those of the others."""
-        c, B, pixel = self.model.config, self.B, pick(wave['pixel'])
-        tokens = self.canvas.index_select(1, self.before[pixel])  # (B, n)
-        x = torch.embedding(self.wte, tokens.t()) + self.positions[pick(wave['position'])][:, None]
-        n = len(x)
-        x = x.view(1, n * B, -1)
+    def decode(self, pixels):
+        """Return the logits (n * B, V) of the pixels (n,) of a wave, by the arithmetic of GPT.features."""
+        c, n, B = self.model.config, len(pixels), self.B
+        column, row, lane, previous, position = self.places[pixels].unbind(1)
+        x = torch.embedding(self.wte, self.canvas[previous]) + self.positions[position][:, None]
+        x = x.view(n * B, -1)
         if c.neighbours or c.relative_colours:
-            around = self.canvas.index_select(1, self.around[pixel].flatten()).view(B, n, -1)
-            around = around.transpose(0, 1).reshape(n * B, -1)
+            neighbours = self.canvas[self.neighbours[pixels]].transpose(1, 2).reshape(n * B, -1)  # (n * B, K)
         if c.neighbours:
-            rows = torch.add(self.kth, around[:, :c.neighbours], alpha=c.neighbours)
-            x = self.stem_proj(split(F.gelu(torch.embedding(self.stem, rows).sum(1)), 2), x)
-        for (kind, ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), kv in zip(self.layers, self.kv):
-            qkv = c_attn(ln_1(x)).view(3, n, B * self.n_head, -1)
-            x = attn_proj(split(self.attend(kind, qkv, kv, wave).view(n * B, -1), self.n_head), x)
-            x = mlp_proj(F.gelu(c_fc(ln_2(x))), x)
+            rows = neighbours[:, :c.neighbours] * c.neighbours + torch.arange(c.neighbours, device=x.device)
+            x = x + self.stem_proj(F.gelu(torch.embedding(self.stem, rows).sum(1)))
+        where = {kind: self.where(kind, column, row, lane, position) for kind in dict.fromkeys(c.attention.split())}
+        for (kind, ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), cache in zip(self.layers, self.cache):
+            qkv = c_attn(ln_1(x)).view(n, B, 3, c.n_head, -1).transpose(1, 2).flatten(2, 3)  # (n, 3, B * nh, hs)
+            x = x + attn_proj(attend(qkv, cache, *where[kind]).view(n * B, -1))
+            x = x + mlp_proj(F.gelu(c_fc(ln_2(x))))
         x = self.ln_f(x)
-        low = self.down(split(x, self.n_head)) if c.n_colour else x
-        logits = torch.bmm(low.expand(LEVELS, -1, -1), self.head).transpose(0, 1)  # (n * B, 16, V / 16)
+        logits = self.head(self.down(x))
         if c.relative_colours:
-            scores = self.rel_head(x).transpose(0, 1).reshape(n * B, -1)
-            return every_colour(self.model.relative_scores(scores, around)).add_(logits).flatten(1)
-        return logits.reshape(n * B, -1)
+            red, green, blue = self.model.relative_scores(self.rel_head(x), neighbours).view(-1, 3, LEVELS).unbind(1)
+            logits += (red[:, :, None] + (green[:, :, None] + blue[:, None]).flatten(1)[:, None]).flatten(1)
+        return logits
 
-    def attend(self, kind, qkv, kv, wave):
-        """Queries, keys and values of a wave (3, n, B * nh, hs) -> what attention gives, (n * B * nh, 1, hs).
-
-        Keys and values are kept.
-        """
+    def where(self, kind, column, row, lane, position):
+        """Return where the cache keeps n pixels, as pairs (lane, slot); an index of what they attend to; its mask."""
+        if kind == 'full':  # one pixel, the positions up to its own
+            own = [(torch.zeros_like(position), position)]
+            if self.views:
+                return own, np.s_[:, :, :, :int(position) + 1], self.wte.new_zeros(1, 1, 1)
+            seen = torch.arange(self.model.config.block_size, device=position.device) <= position
+            return own, np.s_[:], torch.where(seen, 0.0, -math.inf)
         if kind == 'local':
-            store(kv, qkv[1:], wave['row'], wave['own'])
-            store(kv, qkv[1:], wave['below'], wave['x'])
-            lanes, mask = wave['row'], self.masks[kind][pick(wave['column'])].flatten(0, 1)
-        elif kind == 'column':
-            store(kv, qkv[1:], wave['column'], wave['y'])
-            lanes, mask = wave['column'], self.masks[kind][pick(wave['row'])].flatten(0, 1)
-        else:  # one pixel, and all positions so far
-            lanes, mask = range(1), self.head.new_zeros(1, 1, 1)
-            position = wave['position']
-            store(kv, qkv[1:], lanes if isinstance(position, range) else torch.zeros_like(position), position)
-        k, v = kv[:, pick(lanes)].flatten(1, 2)  # (n * B * nh, keys, hs)
-        if kind == 'full' and isinstance(position, range):
-            k, v = k[:, :position.stop], v[:, :position.stop]
-        elif kind == 'full':  # a graph looks at all of them
-            mask = torch.where(torch.arange(k.size(1), device=k.device) > position, -math.inf, 0.0).to(k.dtype)
-        q = qkv[0].reshape(len(k), 1, -1)
-        scores = torch.baddbmm(mask, q, k.mT, alpha=q.size(2) ** -0.5)  # (n * B * nh, 1, keys)
-        return torch.bmm(scores.softmax(-1), v)
+            lane, own, mask = row, [(row, self.width + column), (row + 1, column)], self.masks[kind][column]
+        else:
+            own, mask = [(lane, row)], self.masks[kind][row]
+        lanes = slice(int(lane[0]), int(lane[0]) + len(lane)) if self.views else lane
+        return own, np.s_[:, lanes], mask.flatten(0, 1)
 
 
-def store(kv, new, lanes, slots):
-    """Keys and values of a wave, (2, n, B * nh, hs), into those of a layer: one slot of each of n lanes."""
-    if isinstance(lanes, range):
-        both, lane, head, slot, one = kv.stride()
-        first = lanes.start * lane + slots.start * slot
-        kv.as_strided(new.shape, (both, lane + slots.step * slot, head, one), first).copy_(new)
-    else:
-        kv[:, lanes, :, slots] = new.transpose(0, 1)
+def attend(qkv, cache, own, seen, mask):
+    """Put keys and values of a wave into the cache and attend to it: (n, 3, B * nh, hs) -> (n * B * nh, 1, hs)."""
+    for lane, slot in own:
+        cache[:, lane, :, slot] = qkv[:, 1:]
+    k, v = cache[seen].flatten(1, 2)  # (n * B * nh, slots, hs); lanes in a slice are not copied
+    q = qkv[:, 0].reshape(len(k), 1, -1)
+    scores = torch.baddbmm(mask, q, k.mT, alpha=q.size(2) ** -0.5)  # (n * B * nh, 1, slots)
+    return torch.bmm(scores.softmax(-1), v)
 
 
-def pick(where):
-    """A range as a slice, for a view; the numbers of a graph, a tensor, as they are."""
-    return slice(where.start, where.stop, where.step) if isinstance(where, range) else where
-
-
-def every_colour(levels):
-    """A number for each red, green and blue level, (n, 48) -> the sum of three for each colour, (n, 16, 256)."""
-    red, green, blue = levels.view(-1, 3, LEVELS).unbind(1)
-    return red[:, :, None] + (green[:, :, None] + blue[:, None]).flatten(1)[:, None]
-
-
-def norm(module):
-    """A LayerNorm as a plain function: for one pixel, what a module adds to a call would be half of its time."""
+def layer_norm(module):
+    """Return an nn.LayerNorm as a plain function."""
     weight, bias = module.weight, module.bias
     return lambda x: torch.layer_norm(x, weight.shape, weight, bias)
 
 
-def linear(module, blocks):
-    """An nn.Linear as a plain function of (1, n, in) to (blocks, n, out / blocks).
+def linear(module):
+    """Return an nn.Linear as a plain function."""
+    return product(module.weight, module.bias)
 
-    A CPU is faster at few rows in blocks side by side; an H200 takes 52 us for eight rows times one matrix of 128 x 128
-    and 6.5 us for four blocks of it, their sum included.
+
+def product(weight, bias=None):
+    """Return x (n, in) -> x @ weight.T + bias, (n, out), as a function.
+
+    Outputs are computed in blocks: two cores share them, and cuBLAS has better kernels for them where there are few
+    rows (on an H200 52 us for 8 rows times a matrix of 128 x 128, 6.5 us for it in four blocks).
     """
-    weight = module.weight.view(blocks, -1, module.in_features).mT.contiguous()  # (blocks, in, out / blocks)
-    bias = None if module.bias is None else module.bias.view(blocks, 1, -1)
+    blocks = 16 if len(weight) >= 4096 else 4 if len(weight) % 4 == 0 else 1
+    weight = weight.view(blocks, -1, weight.size(1)).mT.contiguous()  # (blocks, in, out / blocks)
 
-    def apply(x):
-        x = x.expand(blocks, -1, -1)
-        return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
-    return apply
-
-
-def sum_of_blocks(module, blocks):
-    """An nn.Linear as a function of (blocks, n, in / blocks), plus a residual, to (1, n, out)."""
-    weight, bias = module.weight.t().reshape(blocks, -1, module.out_features), module.bias
-
-    def apply(x, residual=0):
-        x = torch.bmm(x, weight).sum(0, keepdim=True).add_(residual)
+    def multiply(x):
+        x = torch.bmm(x.expand(blocks, -1, -1), weight).transpose(0, 1).reshape(len(x), -1)
         return x if bias is None else x.add_(bias)
-    return apply
-
-
-def split(x, blocks):
-    """(n, C) or (1, n, C) -> (blocks, n, C / blocks), a view."""
-    return x.view(x.size(-2), blocks, -1).transpose(0, 1)
+    return multiply
 
 
 def images_at_once(model):
-    """How many images are painted side by side: on CUDA as many as half of the free memory holds, else eight.
+    """Return how many images to paint side by side: as many as fit into half of a GPU's free memory, on a CPU eight.
 
     What does not fit into the caches of a CPU is read from main memory for every wave, and larger batches gain nothing.
     """
     config, weight = model.config, model.lm_head.weight
     if weight.device.type != 'cuda':
         return 8
-    # keys and values, twice for local attention; noise and logits of a wave
+    # bytes of an image: keys and values, twice for local attention; noise and logits of a wave
     cache = 4 * config.n_layer * config.block_size * config.n_embd * weight.itemsize
     image = cache + 48 * config.vocab_size * -(-config.width // wave_stride(config))
-    # attention takes up to 65,535 sequences, and prompts are made of rows and columns
-    return max(1, min(torch.cuda.mem_get_info(weight.device)[0] // 2 // image, 65_535 // config.width))
+    unused = torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)  # held by PyTorch
+    free = torch.cuda.mem_get_info(weight.device)[0] + unused
+    # attention takes at most 65,535 sequences, and prefill makes one of every row or column
+    return max(1, min(free // 2 // image, 65_535 // max(config.width, config.tokens_per_image // config.width)))
 
 
 def adapt_threads(waves, threads, few=8):
-    """Yield waves, and go through them with so many threads; with one from where a few take longer than with one.
+    """Yield waves, painted by several threads while that is faster than one thread.
 
     On a busy machine threads wait for each other, and two take up to twenty times as long as one.
     """
-    waves, times = iter(waves), []
-    if threads > 1:
-        torch.set_num_threads(1)
-        yield from itertools.islice(waves, 5 * few)  # the first ones are short
-        for wave in itertools.islice(waves, few):
-            times.append(time.perf_counter())
-            yield wave
-        torch.set_num_threads(threads)
-        began = time.perf_counter()
-        for i, wave in enumerate(waves, 1):
-            yield wave
-            if time.perf_counter() - began > 1.1 * (times[-1] - times[0]):
-                break
-            if i % few == 0:
-                began = time.perf_counter()
-        torch.set_num_threads(1)
-    yield from waves
+    torch.set_num_threads(1)
+    began, limit = 0.0, math.inf
+    for i, wave in enumerate(waves):
+        now = time.perf_counter()
+        if i == 6 * few and threads > 1:  # the first waves are short; the last few took one thread this long
+            limit = 1.1 * (now - began)
+            torch.set_num_threads(threads)
+        elif now - began > limit:
+            limit = math.inf
+            torch.set_num_threads(1)
+        if i % few == 0:
+            began = now
+        yield wave
 
 
 @contextmanager
-def painting(model):
+def inference_settings(model):
     """No gradients, dropout, autocast or TF32: the same picture on every device, up to rounding.
 
     No oneDNN either, which takes five times as long for so few numbers.
@@ -403,10 +355,10 @@ def painting(model):
 
 
 def filter_logits(logits, temperature=1.0, top_k=None, top_p=None):
-    """(B, V) logits -> those to draw from, in float32, -inf where a colour is left out.
+    """Return logits (B, V) to draw from, in float32, -inf where a colour is left out.
 
-    temperature divides the logits; 0 leaves the likeliest colour alone. top_k keeps the k likeliest colours; top_p
-    (nucleus sampling, arXiv 1904.09751) then the fewest likeliest ones that together reach the probability top_p.
+    temperature divides the logits; 0 keeps only the most likely colour. top_k keeps the k most likely colours; top_p
+    (nucleus sampling, arXiv 1904.09751) the fewest most likely ones that together reach the probability top_p.
     """
     logits = logits.float()
     if temperature == 0:
@@ -418,40 +370,41 @@ def filter_logits(logits, temperature=1.0, top_k=None, top_p=None):
     if top_p is not None and top_p < 1:
         probs = logits.softmax(-1)
         ranked = probs.sort(-1, descending=True).values
-        kept = ranked.cumsum(-1) - ranked < top_p  # the probability of all likelier ones falls short of top_p
+        kept = ranked.cumsum(-1) - ranked < top_p  # the more likely ones do not reach top_p yet
         least = ranked.masked_fill(~kept, math.inf).amin(-1, keepdim=True)
         logits = logits.masked_fill(probs < least, -math.inf)
     return logits
 
 
 def sample(logits, noise):
-    """Logits and Gumbel noise (B, V) -> (B,) tokens, each colour with its softmax probability (the Gumbel-max trick).
+    """Draw tokens (B,) by their softmax probabilities from logits and Gumbel noise (B, V): the Gumbel-max trick.
 
-    Nothing is summed up over the colours, so that logits that differ in their last bits draw another colour in one of a
-    million pixels.
+    It needs no sum over the colours, so that rounding of the logits changes only about one pixel in a million.
     """
     return (logits + noise).max(-1).indices
 
 
 def gumbel_noise(seeds, pixels, V):
-    """Noise of some pixels (n,) of images, each with its seed (B,) -> (n, B, V), Gumbel distributed.
+    """Return Gumbel noise of pixels (n,) of images with seeds (B,), (n, B, V), the same on every device.
 
-    Stateless: a number is a function of seed, pixel and colour alone, on any device. SplitMix64 (Steele et al. 2014).
+    Each number is a hash of seed, pixel and colour by SplitMix64 (Steele et al. 2014), without its last xor-shift,
+    which does not change the 23 bits that are used. Its constants are written as signed 64-bit numbers, which overflow.
     """
-    step = -0x61C8864680B583EB  # all of this modulo 2 ** 64
-    x = (pixels[:, None] * V * step + seeds)[:, :, None] + torch.arange(V, device=seeds.device) * step  # (n, B, V)
-    x.bitwise_xor_((x >> 30).bitwise_and_(2 ** 34 - 1)).mul_(-0x40A7B892E31B1A47)  # >> copies the sign: & takes it away
-    x.bitwise_xor_((x >> 27).bitwise_and_(2 ** 37 - 1)).mul_(-0x6B2FB644ECCEEE15)
-    # 23 bits and a half: 24 would round up to 1, the noise of which is infinite
+    gamma, m1, m2 = 0x9E3779B97F4A7C15 - 2 ** 64, 0xBF58476D1CE4E5B9 - 2 ** 64, 0x94D049BB133111EB - 2 ** 64
+    x = (pixels[:, None] * V * gamma + seeds)[:, :, None] + torch.arange(V, device=seeds.device) * gamma  # (n, B, V)
+    shifted = x >> 30  # which copies the sign bit; & clears the copies
+    x.bitwise_xor_(shifted.bitwise_and_(2 ** 34 - 1)).mul_(m1)
+    torch.bitwise_right_shift(x, 27, out=shifted)
+    x.bitwise_xor_(shifted.bitwise_and_(2 ** 37 - 1)).mul_(m2)
+    # (23 bits + 1/2) / 2 ** 23; one bit more would round up to 1, whose noise is infinite
     uniform = x.bitwise_right_shift_(41).bitwise_and_(2 ** 23 - 1).float().add_(0.5).mul_(2 ** -23)
     return uniform.log_().neg_().log_().neg_()
 
 # -----------------------------------------------------------------------------
 # the command
 
-
 def read_picture(path, size):
-    """The picture at path -> its tokens (height * width,); size is (width, height). Raises UserError."""
+    """Return the tokens (height * width,) of a picture file, scaled to size = (width, height). Raises UserError."""
     try:
         return extras.pack_rgb(extras.load_rgb(path, size)).reshape(-1).astype(np.int64)
     except FileNotFoundError:
@@ -460,41 +413,26 @@ def read_picture(path, size):
         raise UserError(f'{path} cannot be read as a picture ({extras.brief(e)})') from None
 
 
-def first_pixel(text, model):
-    """--first_pixel -> prompt (T,), empty if the model is to draw the first pixel itself. Raises UserError."""
-    starts = model.config.start_embedding
-    text = text or ('sample' if starts else 'FEC')
-    if text != 'sample':
-        return np.array([extras.parse_pixel(text)])
-    if not starts:
-        raise UserError('this model has no start embedding and cannot draw the first pixel: '
-                        'give one, as in --first_pixel FEC')
-    return np.zeros(0, np.int64)
-
-
-def paint(model, prompt, args):
-    """Paint args.num_samples images from one prompt (T,), one after the other: tokens (tokens_per_image,)."""
-    generator, batch = torch.Generator().manual_seed(args.seed), images_at_once(model)
+def paint_samples(model, prompt, args):
+    """Yield args.num_samples images (tokens_per_image,) that go on from one prompt (T,)."""
+    generator, done = torch.Generator().manual_seed(args.seed), 0
     total = args.num_samples * (model.config.tokens_per_image - len(prompt))
-    # on a CPU one picture is there in a second, the others are faster side by side
-    first = 0 if model.lm_head.weight.is_cuda else 1
     with tqdm(total=total, unit='px', unit_scale=True, desc='painting') as bar:
-        for begin, end in itertools.pairwise(sorted({0, *range(first, args.num_samples, batch), args.num_samples})):
-            yield from model.generate(np.tile(prompt, (end - begin, 1)), temperature=args.temperature, top_k=args.top_k,
+        while done < args.num_samples:
+            # a CPU paints the first picture alone, to show it after a second; side by side the others are faster
+            first_alone = done == 0 and not model.lm_head.weight.is_cuda
+            n = min(1 if first_alone else images_at_once(model), args.num_samples - done)
+            yield from model.generate(np.tile(prompt, (n, 1)), temperature=args.temperature, top_k=args.top_k,
                                       top_p=args.top_p, generator=generator, progress=bar.update).cpu().numpy()
+            done += n
 
 
-def page(images, painted, shape, scale, whole=None):
-    """Images and which pixels are painted, each (tokens_per_image,), the rest grey -> a sheet as PIL image.
-
-    A completion is shown in one row, between its context and the whole original (tokens, with their number in context).
-    """
-    shown = [np.where(painted, image, GREY) for image in images]
-    if whole is not None:
-        original, context = whole
-        shown = [np.where(np.arange(len(original)) < context, original, GREY), *shown, original]
-    columns = len(shown) if whole is not None else None
-    return extras.sheet([extras.to_image(tokens.reshape(shape), scale) for tokens in shown], columns)
+def sheet(images, shape, scale, prompt, original):
+    """Return a picture of all images (tokens_per_image,), completions between their prompt and the original."""
+    if original is not None:
+        images = [np.where(np.arange(len(original)) < len(prompt), original, GREY), *images, original]
+    columns = None if original is None else len(images)
+    return extras.sheet([extras.to_image(tokens.reshape(shape), scale) for tokens in images], columns)
 
 
 def main(argv=None):
@@ -510,7 +448,7 @@ def main(argv=None):
                         help='draw from the likeliest colours that together have this probability')
     parser.add_argument('--seed', type=int, default=1337, help='the same seed, the same pictures (1337)')
     parser.add_argument('--image', help='complete this picture ...')
-    parser.add_argument('--rows', type=int, help='... from so many of its upper rows (half of them)')
+    parser.add_argument('--rows', type=int, help='... from its upper rows, this many (half of them)')
     parser.add_argument('--out', default=os.path.join(extras.ROOT, 'out', 'images', 'sample.png'),
                         help='the sheet; single pictures get _0, _1, ... (out/images/sample.png)')
     parser.add_argument('--scale', type=int, default=1, help='enlarge every pixel to a square of this side (1)')
@@ -525,7 +463,7 @@ def main(argv=None):
     if args.rows is not None and args.image is None:
         raise UserError('--rows says how much of a picture to keep: name the picture with --image')
     if args.image and args.first_pixel:
-        raise UserError('--image brings its first pixel along: leave out --first_pixel')
+        raise UserError('--image gives the first pixel, too: leave out --first_pixel')
     stem, ending = os.path.splitext(args.out)
     extras.picture_format(args.out)
     if args.gif and ending.lower() == '.gif':
@@ -542,25 +480,29 @@ def main(argv=None):
         extras.check_values(args, rows=(meaning, 0 < rows < height))
         original = read_picture(args.image, (width, height))
         prompt = original[:rows * width]
-        whole = original, len(prompt)
     else:
-        prompt, whole = first_pixel(args.first_pixel, model), None
+        text = args.first_pixel or ('sample' if model.config.start_embedding else 'FEC')
+        if text == 'sample' and not model.config.start_embedding:
+            raise UserError('this model has no start embedding and cannot draw the first pixel: '
+                            'give one, as in --first_pixel FEC')
+        original, prompt = None, np.array([] if text == 'sample' else [extras.parse_pixel(text)], np.int64)
 
     images = []
-    for i, tokens in enumerate(paint(model, prompt, args)):
-        path = args.out if args.num_samples == 1 and not whole else f'{stem}_{i}{ending}'
+    for i, tokens in enumerate(paint_samples(model, prompt, args)):
+        path = args.out if args.num_samples == 1 and original is None else f'{stem}_{i}{ending}'
         extras.save_bmp(tokens.reshape(shape), path, args.scale)
         images.append(tokens)
         if i == 0:
             tqdm.write(f'wrote {path}')
     if path != args.out:
-        extras.save_picture(page(images, True, shape, args.scale, whole), args.out)
+        extras.save_picture(sheet(images, shape, args.scale, prompt, original), args.out)
         print(f'wrote {path}, the last of {len(images)}, and {args.out}')
     if args.gif:
         pixels = np.arange(height * width)
         waves = pixels % width + wave_stride(model.config) * (pixels // width)
         times = np.linspace(waves[len(prompt):].min(), waves.max() + 1, height + 1)
-        frames = [page(images, (waves < time) | (pixels < len(prompt)), shape, args.scale, whole) for time in times]
+        frames = [sheet([np.where((waves < time) | (pixels < len(prompt)), image, GREY) for image in images],
+                        shape, args.scale, prompt, original) for time in times]
         extras.save_picture(frames[0], stem + '.gif', save_all=True, append_images=frames[1:], loop=0,
                             duration=[60] * (len(frames) - 1) + [2000])
         print(f'wrote {stem}.gif')

@@ -72,9 +72,9 @@ def painted(model, batch, device, seed):
 @torch.inference_mode()
 def limit(model, batch, device):
     """-> (waves of an image, seconds that reading takes for so many images side by side, bandwidth in bytes/s)."""
-    decoder = sample.Decoder(model, 1, model.config.tokens_per_image)
-    waves, weights = sum(1 for _ in decoder.waves(0)), model.num_params()
-    cache = batch * model.config.n_embd * sum(kv.size(3) for kv in decoder.kv)  # a pixel: on average, half of the keys and values of a lane stand already
+    decoder = sample.Decoder(model, torch.zeros(1, model.config.tokens_per_image, dtype=torch.long, device=device), 0)
+    waves, weights = len(decoder.waves(0)), model.num_params()
+    cache = batch * model.config.n_embd * sum(kv.size(3) for kv in decoder.cache)  # a pixel: on average, half of the keys and values of a lane stand already
     buffer = torch.ones(weights + cache, dtype=model.lm_head.weight.dtype, device=device)
     buffer.sum()
     bandwidth = buffer.numel() * buffer.element_size() / best_of(20, buffer.sum, device)
@@ -92,8 +92,8 @@ def profile(model, device):
     """What a wave in the middle of an image is made of."""
     image, seeds = torch.zeros(1, model.config.tokens_per_image, dtype=torch.long, device=device), torch.zeros(1, dtype=torch.long, device=device)
     draw = lambda logits, noise: sample.sample(sample.filter_logits(logits), noise)
-    with sample.painting(model):
-        waves = sample.paint_waves(model, image, seeds, draw, int(not model.config.start_embedding))
+    with sample.inference_settings(model):
+        waves = sample.wave_loop(model, image, seeds, draw, int(not model.config.start_embedding))
         for _ in range(150):
             next(waves)
         with torch.profiler.profile() as profiler:
@@ -128,7 +128,7 @@ def main():
     device = extras.pick_device(args.device)
     model = extras.build_model(extras.load_checkpoint(args.ckpt, device), args.ckpt, device)
     if args.eager:
-        sample.paint_graphs = sample.paint_waves
+        sample.graph_loop = sample.wave_loop
     if args.profile:
         return profile(model, device)
     if args.check:

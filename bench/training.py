@@ -33,7 +33,7 @@ from model import GPT, GPTConfig  # noqa: E402
 from train import TrainConfig  # noqa: E402
 
 
-KEEP, RECOMPUTE = (lambda function, x: function(x)), model_module.recomputed
+KEEP, RECOMPUTE = (lambda function, x: function(x)), model_module.checkpointed
 NAMES = 'nanoGPT', 'recommended'
 PEAK_FLOPS = {'NVIDIA H100': 989e12, 'NVIDIA H200': 989e12}  # bfloat16, dense, by the datasheet
 
@@ -52,14 +52,14 @@ def stepper(which, recommended, batch, dtype, device, compiled):
 
     loss_of = model if which == 'recommended' else nanogpts_loss
     with FlopCounterMode(display=False) as counter:
-        model_module.recomputed = KEEP
+        model_module.checkpointed = KEEP
         loss_of(torch.randint(4096, (1, 4096), device=device)).backward()
         model.zero_grad()
     if compiled:
         loss_of = torch.compile(loss_of, dynamic=False)
 
     def step():
-        model_module.recomputed = RECOMPUTE if which == 'recommended' else KEEP  # nanoGPT keeps all that it computes
+        model_module.checkpointed = RECOMPUTE if which == 'recommended' else KEEP  # nanoGPT keeps all that it computes
         tokens = torch.randint(4096, (batch, 4096), device=device)
         with autocast:
             loss = loss_of(tokens)

@@ -12,7 +12,7 @@ import extras
 import prepare
 from conftest import ROOT
 from model import NEIGHBOURS, GPT, GPTConfig, orthogonalise
-from sample import Decoder, adapt_threads, filter_logits, gumbel_noise, paint_graphs, paint_waves, sample
+from sample import Decoder, adapt_threads, filter_logits, graph_loop, gumbel_noise, sample, wave_loop
 
 SIDE = 12
 TOKENS = SIDE * SIDE
@@ -155,7 +155,7 @@ def test_the_table_of_the_stem_does_what_its_product_does():
 def test_neighbours_end_where_the_image_ends():
     model = small('full')
     picture = torch.arange(TOKENS).view(1, SIDE, SIDE)
-    around = model.around(picture.flatten(1)).view(SIDE, SIDE, len(NEIGHBOURS))
+    around = model.neighbours(picture.flatten(1)).view(SIDE, SIDE, len(NEIGHBOURS))
     for y in range(SIDE):
         for x in range(SIDE):
             for (dy, dx), token in zip(NEIGHBOURS, around[y, x]):
@@ -320,10 +320,10 @@ def test_waves_paint_what_the_plain_loop_paints_whatever_is_given_and_asked_for(
 
 def test_pixels_of_a_wave_lie_on_a_diagonal_and_every_pixel_in_one():
     for reach, first, count in ((2, 0, TOKENS), (2, 17, 100), (5, 3, TOKENS), (0, 20, 50)):
-        decoder, painted = Decoder(small('reach', reach=reach), 1, count), set(range(first))
-        for wave, n in decoder.waves(first):
-            pixels = set(wave['pixel'])
-            assert len(pixels) == n and not painted & pixels
+        decoder, painted = Decoder(small('reach', reach=reach), torch.zeros(1, count).long(), 0), set(range(first))
+        for wave in decoder.waves(first):
+            pixels = set(wave.tolist())
+            assert len(pixels) == len(wave) and not painted & pixels
             assert len({pixel % SIDE + (reach + 1 if reach else SIDE) * (pixel // SIDE) for pixel in pixels}) == 1
             for y, x in (divmod(pixel, SIDE) for pixel in pixels):  # whatever it may look at is there
                 assert all(v * SIDE + u in painted for v in range(y) for u in range(SIDE) if u <= x + reach * (y - v)) or not reach
@@ -344,25 +344,23 @@ def test_cached_logits_are_those_of_whole_images(kind):
     whole = model.logits(tokens)
     for first in (20, 5 * SIDE):  # a prompt at once, then wave after wave
         with torch.no_grad():
-            decoder = Decoder(model, *tokens.shape)
-            decoder.prefill(tokens[:, :first])
-            for wave, n in decoder.waves(first):
-                pixels = torch.tensor([*wave['pixel']])
-                logits = decoder.decode(wave).view(n, 3, -1).transpose(0, 1)
+            decoder = Decoder(model, tokens, first)
+            for pixels in decoder.waves(first):
+                logits = decoder.decode(pixels).view(len(pixels), 3, -1).transpose(0, 1)
                 assert (logits - whole[:, pixels - int(kind == 'ancestor')]).abs().max() < 1e-4
-                decoder.canvas[:, decoder.cells[pixels]] = tokens[:, pixels]
+                decoder.canvas[decoder.cells[pixels]] = tokens[:, pixels].t()
         assert decoder.painted().equal(tokens)
 
 
 @kinds
 def test_the_steps_of_a_graph_paint_the_same(kind):
-    # all of paint_graphs but the capture: numbers that are tensors, and waves that are all as long
+    # all of graph_loop but the capture
     model = small(kind, std=0.2)
     draw = lambda logits, noise: sample(filter_logits(logits, top_p=0.95), noise)
     seeds = torch.tensor([4, 5])
     for first in (int(kind == 'ancestor'), 1, 50):
         painted = []
-        for paint in (paint_waves, paint_graphs):
+        for paint in (wave_loop, graph_loop):
             image = images(2)
             image[:, first:] = 0
             with torch.no_grad():
