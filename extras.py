@@ -2,6 +2,7 @@
 import argparse
 import ast
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import errno
@@ -43,6 +44,7 @@ class UserError(Exception):
 def run(main):
     """Call main() as a command: a mistake prints one line and exits with 1, Ctrl-C exits with 130."""
     sys.stdout.reconfigure(errors='replace')  # names of files may hold what a terminal cannot show
+    keep_freed_memory()
     try:
         main()
     except UserError as e:
@@ -57,6 +59,14 @@ def run(main):
     except KeyboardInterrupt:
         print('\nstopped', file=sys.stderr)
         sys.exit(130)
+
+
+def keep_freed_memory():
+    """Let glibc reuse freed memory instead of returning it to the system, page by page: a tenth of a CPU's time."""
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD, in bytes: the heap never shrinks
+        mallopt(-3, 2 ** 25)  # M_MMAP_THRESHOLD, its maximum: up to 32 MB come from the heap
 
 # -----------------------------------------------------------------------------
 # colours <-> tokens
