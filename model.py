@@ -35,15 +35,15 @@ NEIGHBOURS = sorted(((row, column) for row in range(-3, 1) for column in range(-
 @dataclass
 class GPTConfig:
     """The size of a model, as in nanoGPT, and its switches. Raises ValueError if they do not fit together."""
-    block_size: int = 4096  # positions, each predicts a pixel: those of an image, without start embedding one less
+    block_size: int = 4096  # positions, each predicting a pixel: all of an image, without start embedding all but one
     vocab_size: int = 4096  # 12-bit colours
     n_layer: int = 4
     n_head: int = 4
     n_embd: int = 128
     dropout: float = 0.0
-    bias: bool = False  # in the linear and norm layers; without them it is a little better and faster
+    bias: bool = False  # in the linear and norm layers of the blocks; without them it is a little better and faster
     start_embedding: bool = True  # False: the first pixel is given and never predicted, as in nanoGPT
-    # two dimensions; everything but factorised_colours needs the start embedding
+    # two dimensions; all but n_colour and factorised_colours need the start embedding
     width: int = 64  # pixels of a row
     row_column_positions: bool = False  # an embedding of the row plus one of the column, not one of each position
     neighbours: int = 0  # how many known pixels around the predicted one go through a small MLP into the first block
@@ -51,8 +51,8 @@ class GPTConfig:
     factorised_colours: bool = False  # a colour's vector is its own plus one for each of its red, green and blue levels
     relative_colours: bool = False  # logits also depend on how much each channel differs from the left and upper pixel
     attention: str = 'full'  # of the layers, in turn: full, local (its row and the one above) or column: 'local column'
-    # local attention sees the row above only up to reach columns to the right (0: all of it), and each row begins with
-    # the start embedding instead of the last pixel above: so sample.py can paint pixels along a diagonal all at once
+    # if > 0, local attention sees the row above only up to so many columns to the right, and every row begins with the
+    # start embedding instead of the last pixel above: then sample.py can paint a diagonal at once. 0: all of the row
     reach: int = 0
     alibi: bool = False  # local and column attention fade with distance, each head at its own rate
 
@@ -83,7 +83,7 @@ class GPTConfig:
                              'full attention sees everything')
         outside = [i for i, (row, column) in enumerate(NEIGHBOURS[:self.neighbours]) if column > -row * self.reach]
         if self.reach and outside:
-            raise ValueError(f'neighbours={self.neighbours}: of these, only {outside[0]} lie within '
+            raise ValueError(f'neighbours={self.neighbours}: only the first {outside[0]} lie within '
                              f'reach={self.reach}; raise it or take fewer')
         if (self.factorised_colours or self.relative_colours) and self.vocab_size != LEVELS ** 3:
             raise ValueError(f'vocab_size={self.vocab_size}: factorised and relative colours need {LEVELS ** 3}')
@@ -139,8 +139,9 @@ class CausalSelfAttention(nn.Module):
         with nullcontext() if x.is_cuda else torch.autocast('cpu', enabled=False):
             q, k, v = qkv if x.is_cuda else qkv.to(x.dtype)
             if self.kind == 'local':  # the row above before the row itself; the first row attends to zeros above it
-                above = lambda t: F.pad(t.unflatten(0, (B, -1)), (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1].flatten(0, 1)
-                k, v = (torch.cat((above(t), t), dim=2) for t in (k, v))
+                # (B * height, nh, width, hs), the rows of each image moved down by one
+                row_above = lambda t: F.pad(t.unflatten(0, (B, -1)), (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1].flatten(0, 1)
+                k, v = (torch.cat((row_above(t), t), dim=2) for t in (k, v))
             mask = None if self.mask is None else self.mask[..., :length, :k.size(2)].to(q.dtype)
             dropout = self.dropout if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=mask is None)
@@ -174,7 +175,7 @@ class Block(nn.Module):
 
     def forward(self, x, kv=None):
         attend = lambda x: self.attn(self.ln_1(x), kv)
-        # full attention would take too long twice
+        # full attention takes too long to compute again
         x = x + (attend(x) if self.attn.kind == 'full' else checkpointed(attend, x))
         return x + checkpointed(lambda x: self.mlp(self.ln_2(x)), x)
 
@@ -188,7 +189,7 @@ class Stem(nn.Module):
         self.c_proj = nn.Linear(2 * config.n_embd, config.n_embd, bias=False)
 
     def table(self, colours):
-        """Return what each colour (V + 1, D) adds to the hidden layer as each neighbour: ((V + 1) * K, 2C)."""
+        """Return c_fc's product for colours (V + 1, D) as each neighbour, ((V + 1) * K, 2C): row colour * K + k."""
         weight = self.c_fc.weight.view(len(self.c_fc.weight), -1, colours.size(1))  # (2C, K, D)
         return (colours @ weight.permute(2, 1, 0).flatten(1)).view(-1, len(weight))
 
@@ -237,8 +238,8 @@ class GPT(nn.Module):
         level = torch.arange(LEVELS)
         levels = torch.cartesian_prod(level, level, level)  # red, green and blue of each colour, (V, 3)
         self.register_buffer('one_hot', F.one_hot(levels, LEVELS).flatten(1).float(), persistent=False)  # (V, 48)
-        # beside a neighbour of each colour, which of its 3 * 31 scores each of the 3 * 16 levels gets, (V + 1, 48).
-        # Outside the image, colour V, all levels of a channel get the same one, which softmax ignores
+        # [n, 16 * channel + level] = 31 * channel + 15 + level - (that channel's level in neighbour n): which of the 93
+        # scores applies, (V + 1, 48). Outside the image, n = V, all levels of a channel get one, which softmax ignores
         score_index = F.pad(level - levels[:, :, None] + LEVELS - 1, (0, 0, 0, 0, 0, 1))  # 0 .. 30, (V + 1, 3, 16)
         score_index = (score_index + torch.arange(3)[:, None] * (2 * LEVELS - 1)).flatten(1)
         self.register_buffer('score_index', score_index, persistent=False)
@@ -249,7 +250,7 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) if name.endswith('c_proj.weight') else 0.02)
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
-        if c.factorised_colours:  # a sum of four
+        if c.factorised_colours:  # a sum of four, 0.02 together
             nn.init.normal_(self.transformer.wte.weight, std=0.01)
             nn.init.normal_(self.transformer.wle.weight, std=0.01)
         if c.n_colour:  # keeps the variance
@@ -294,10 +295,10 @@ class GPT(nn.Module):
         are one product in either case. kv as in CausalSelfAttention.
         """
         c, h, T = self.config, self.transformer, tokens.size(1)
-        tokens = F.pad(tokens, (0, -T % c.pad_to))  # with later pixels, which no earlier one sees
+        tokens = F.pad(tokens, (0, -T % c.pad_to))  # with zeros after the real pixels, which do not see them
         colours = self.colours()
         x = h.up(F.embedding(tokens, colours))
-        if c.start_embedding:  # a position reads the pixel before it, the first one (with reach: of each row) the start
+        if c.start_embedding:  # the input is the pixel before; the start at the first position, with reach of every row
             rows = x.unflatten(1, (-1, c.width if c.reach else x.size(1)))
             start = h.wse.weight.expand(*rows.shape[:2], 1, -1)
             x = torch.cat((start, rows[:, :, :-1]), dim=2).flatten(1, 2)

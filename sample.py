@@ -5,7 +5,7 @@
     python sample.py --ckpt out/ckpt6000.pt --image photo.png --rows 32  # finish a picture from its upper half
     python sample.py --ckpt out/ckpt6000.pt --num_samples 4 --gif --scale 4  # and watch it being painted
 
-B images of N pixels, n pixels of a wave; C = n_embd, nh = n_head, hs = C / nh, V = vocab_size, K = neighbours.
+Shapes: B images of N pixels, H rows of W columns; n pixels of a wave; C, nh, hs, V, K as in model.py.
 """
 import math
 import os
@@ -49,6 +49,8 @@ def generate(model, tokens, max_new_tokens=None, *, temperature=1.0, top_k=None,
     if T == 0 and not config.start_embedding:
         raise ValueError('a model without start embedding cannot draw the first pixel: give one')
 
+    if B * new == 0:
+        return tokens
     seeds = torch.randint(2 ** 62, (B,), generator=generator, device=generator.device if generator else 'cpu')
     images = torch.cat((tokens, tokens.new_zeros(B, new)), dim=1)
     draw = lambda logits, noise: sample(filter_logits(logits, temperature, top_k, top_p), noise)
@@ -56,7 +58,7 @@ def generate(model, tokens, max_new_tokens=None, *, temperature=1.0, top_k=None,
     batch_size = images_at_once(model)
     with inference_settings(model):
         # batches are views: what is painted into them is painted into images
-        for batch, batch_seeds in zip(images.split(batch_size), seeds.to(device).split(batch_size)) if B * new else ():
+        for batch, batch_seeds in zip(images.split(batch_size), seeds.to(device).split(batch_size)):
             for count in loop(model, batch, batch_seeds, draw, T):
                 if progress:
                     progress(len(batch) * count)
@@ -76,7 +78,7 @@ def plain_loop(model, images, seeds, draw, first):
 def wave_loop(model, images, seeds, draw, first):
     """Paint the same images wave by wave, with a cache: on a CPU."""
     decoder = Decoder(model, images, first)
-    for pixels in adapt_threads(decoder.waves(first), min(torch.get_num_threads(), 2 * len(images))):
+    for pixels in adapt_threads(decoder.waves(first), 2 * len(images)):
         decoder.step(pixels, seeds, draw)
         yield len(pixels)
     images.copy_(decoder.painted())
@@ -153,7 +155,7 @@ class Decoder:
         # weights, as plain functions where that is faster: for few pixels, calling a module takes longer than its work
         colours = model.colours()
         wte = h.up(colours)
-        self.wte = torch.cat((wte, h.wse.weight if c.start_embedding else wte[:1]))  # (V + 1, C), colour V is the start
+        self.wte = torch.cat((wte, h.wse.weight if c.start_embedding else wte[:1]))  # (V + 1, C); the last: the start
         self.positions, self.ln_f, self.head = model.positions(), layer_norm(h.ln_f), product(colours)
         self.down = linear(model.down) if c.n_colour else nn.Identity()
         self.layers = [(b.attn.kind, layer_norm(b.ln_1), linear(b.attn.c_attn), linear(b.attn.c_proj),
@@ -175,8 +177,8 @@ class Decoder:
             previous[::W] = 0
         offsets = torch.tensor([y * row + x for y, x in NEIGHBOURS[:max(c.neighbours, 2)]], device=device)
         self.neighbours = self.cells[:, None] + offsets  # where the neighbours of each one lie, (H * W, K)
-        # columns that a wave meets from the top down, stride apart from right to left, are neighbouring lanes
-        longest = -(-W // self.stride)
+        # from the top down, the columns of a wave go right to left by stride: as lanes they follow each other
+        longest = -(-W // self.stride)  # columns of the longest wave
         lane = (x % self.stride + 1) * longest - 1 - x // self.stride
         self.shift = int(not c.start_embedding)  # from a pixel back to the position that predicts it
         self.places = torch.stack((x, y, lane, previous, pixels - self.shift), 1)  # what a step looks up, (H * W, 5)
@@ -232,19 +234,20 @@ class Decoder:
         if c.neighbours:
             rows = neighbours[:, :c.neighbours] * c.neighbours + torch.arange(c.neighbours, device=x.device)
             x = x + self.stem_proj(F.gelu(torch.embedding(self.stem, rows).sum(1)))
-        where = {kind: self.where(kind, column, row, lane, position) for kind in dict.fromkeys(c.attention.split())}
+        places = {kind: self.cache_places(kind, column, row, lane, position) for kind in set(c.attention.split())}
         for (kind, ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), cache in zip(self.layers, self.cache):
             qkv = c_attn(ln_1(x)).view(n, B, 3, c.n_head, -1).transpose(1, 2).flatten(2, 3)  # (n, 3, B * nh, hs)
-            x = x + attn_proj(attend(qkv, cache, *where[kind]).view(n * B, -1))
+            x = x + attn_proj(attend(qkv, cache, *places[kind]).view(n * B, -1))
             x = x + mlp_proj(F.gelu(c_fc(ln_2(x))))
         x = self.ln_f(x)
         logits = self.head(self.down(x))
         if c.relative_colours:
             red, green, blue = self.model.relative_scores(self.rel_head(x), neighbours).view(-1, 3, LEVELS).unbind(1)
-            logits += (red[:, :, None] + (green[:, :, None] + blue[:, None]).flatten(1)[:, None]).flatten(1)
+            green_blue = (green[:, :, None] + blue[:, None]).flatten(1)  # (n * B, 256)
+            logits += (red[:, :, None] + green_blue[:, None]).flatten(1)  # (n * B, 16, 256) -> (n * B, V)
         return logits
 
-    def where(self, kind, column, row, lane, position):
+    def cache_places(self, kind, column, row, lane, position):
         """Return where the cache keeps n pixels, as pairs (lane, slot); an index of what they attend to; its mask."""
         if kind == 'full':  # one pixel, the positions up to its own
             own = [(torch.zeros_like(position), position)]
@@ -287,7 +290,7 @@ def product(weight, bias=None):
     Outputs are computed in blocks: two cores share them, and cuBLAS has better kernels for them where there are few
     rows (on an H200 52 us for 8 rows times a matrix of 128 x 128, 6.5 us for it in four blocks).
     """
-    blocks = 16 if len(weight) >= 4096 else 4 if len(weight) % 4 == 0 else 1
+    blocks = 16 if len(weight) == 4096 else 4 if len(weight) % 4 == 0 else 1
     weight = weight.view(blocks, -1, weight.size(1)).mT.contiguous()  # (blocks, in, out / blocks)
 
     def multiply(x):
@@ -313,24 +316,26 @@ def images_at_once(model):
     return max(1, min(free // 2 // image, 65_535 // max(config.width, config.tokens_per_image // config.width)))
 
 
-def adapt_threads(waves, threads, few=8):
-    """Yield waves, painted by several threads while that is faster than one thread.
+def adapt_threads(waves, most, few=8):
+    """Yield waves, painted by so many threads at most, as long as that is faster than one thread.
 
     On a busy machine threads wait for each other, and two take up to twenty times as long as one.
     """
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
     began, limit = 0.0, math.inf
     for i, wave in enumerate(waves):
         now = time.perf_counter()
-        if i == 6 * few and threads > 1:  # the first waves are short; the last few took one thread this long
+        if i == 6 * few and min(before, most) > 1:  # the first waves are short; one thread took so long for the last 8
             limit = 1.1 * (now - began)
-            torch.set_num_threads(threads)
+            torch.set_num_threads(min(before, most))
         elif now - began > limit:
-            limit = math.inf
+            limit = math.inf  # slower: one thread for the rest
             torch.set_num_threads(1)
         if i % few == 0:
             began = now
         yield wave
+    torch.set_num_threads(before)
 
 
 @contextmanager
