@@ -475,9 +475,13 @@ def check_values(args, **rules):
             raise UserError(f'--{name}={getattr(args, name)}: it has to be {what}')
 
 
-def key(default, help):
-    """A field of a config dataclass with the line that --help shows for it."""
-    return dataclasses.field(default=default, metadata={'help': help})
+RANGES = {'more than 0': lambda value: value > 0, '0 or more': lambda value: value >= 0,
+          '0 or more and less than 1': lambda value: 0 <= value < 1, 'from 0 to 2 ** 63 - 1': lambda value: 0 <= value < 2 ** 63}
+
+
+def key(default, help, within=None):
+    """Declare a field of a config dataclass: its default, its line in --help, and its range, one of RANGES."""
+    return dataclasses.field(default=default, metadata={'help': help, 'range': within})
 
 
 def load_config(cls, argv=None, description=None):
@@ -500,7 +504,9 @@ def load_config(cls, argv=None, description=None):
         values.update({name: os.path.join(ROOT, value) for name, value in values.items() if name.endswith('_dir')})
     for name, text in typed.items():
         values[name] = _coerce(_parse(text, fields[name].type), fields[name].type, f'--{name}')
-    return cls(**values)
+    config, ranges = cls(**values), {name: f.metadata['range'] for name, f in fields.items()}
+    check_values(config, **{name: (within, RANGES[within](values[name])) for name, within in ranges.items() if within})
+    return config
 
 
 def read_config(path, fields):

@@ -2,9 +2,9 @@
 
     python train.py config/landscape.py                             # the keys below, overridden by the file ...
     python train.py config/landscape.py --batch_size=2              # ... and then by the command line
-    python train.py config/landscape.py --init_from=resume          # go on where the last checkpoint stopped
+    python train.py config/landscape.py --init_from=resume          # continue from the last checkpoint
     torchrun --standalone --nproc_per_node=8 train.py config/landscape.py
-    torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=10.0.0.1 --master_port=29500 train.py config/landscape.py
+    torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=10.0.0.1 train.py config/landscape.py
 """
 import contextlib
 import copy
@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 import uuid
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 import torch
@@ -35,55 +35,60 @@ from model import GPT, GPTConfig
 
 @dataclass
 class TrainConfig:
-    """Every key of a config file: its type, its default, and what it means (this is what --help prints)."""
+    """Every key of a config file: its type, its default, what it means (this is what --help prints), and its range."""
     # files
     data_dir: str = key('data/landscape', 'the data set: a folder that prepare.py has filled')
     out_dir: str = key('out', 'checkpoints, log.csv, loss.png and images/ go here')
-    init_from: str = key('scratch', "'scratch', 'resume' (from the furthest checkpoint in out_dir), or a checkpoint to go on from, or a folder of them; of weights alone, as in out/ckpt6000.pt, a new run starts")
-    overwrite: bool = key(False, 'start although a run lies in out_dir: its log and its checkpoints are removed')
-    save_every_minutes: float = key(15.0, 'also write ckpt_latest.pt so often, for --init_from=resume, as when the run is stopped (0: only when it is stopped)')
-    keep_checkpoints: int = key(10, 'how many checkpoints of a run stay on disk; the best one always does')
+    init_from: str = key('scratch', "'scratch', 'resume' (the last checkpoint in out_dir), or a checkpoint or folder, "
+                                    'whose run goes on; weights alone, as in out/ckpt6000.pt, start a new one')
+    overwrite: bool = key(False, 'replace a run in out_dir: its log and its checkpoints are removed')
+    save_every_minutes: float = key(15.0, 'minutes between writes of ckpt_latest.pt (0: only at a stop)', '0 or more')
+    keep_checkpoints: int = key(10, 'checkpoints of a run that stay on disk; the best one always does', 'more than 0')
     # the model
-    n_layer: int = key(4, 'transformer blocks')
-    n_head: int = key(4, 'attention heads of a block')
-    n_embd: int = key(128, 'width of the residual stream')
-    dropout: float = key(0.0, 'probability of dropout in training')
-    start_embedding: bool = key(True, 'learn an embedding that stands before the first pixel, so that the first pixel is predicted too')
-    row_column_positions: bool = key(False, 'an embedding of the row plus one of the column of the predicted pixel, not one of each position')
+    n_layer: int = key(4, 'transformer blocks', 'more than 0')
+    n_head: int = key(4, 'attention heads of a block', 'more than 0')
+    n_embd: int = key(128, 'width of the residual stream', 'more than 0')
+    dropout: float = key(0.0, 'probability of dropout in training', '0 or more and less than 1')
+    start_embedding: bool = key(True, 'learn an embedding before the first pixel, so that this is predicted, too')
+    row_column_positions: bool = key(False, 'an embedding of the row plus one of the column, not one of each position')
     neighbours: int = key(0, 'how many of the nearest known pixels (24 at most) a small MLP feeds into the first block')
-    n_colour: int = key(0, "numbers in a colour's vector, which two small layers take to and from n_embd: fewer leave parameters for more layers (0: n_embd)")
-    factorised_colours: bool = key(False, "a colour's vector, in embedding and head, is its own plus one for each of its red, green and blue levels")
-    relative_colours: bool = key(False, 'let the head also score how much each channel differs from the pixels to the left and above')
-    attention: str = key('full', "what the layers attend to, in turn: all pixels so far (full), those of the same row and the one above (local) or of the same column (column), as in 'local column'")
-    reach: int = key(0, 'local attention sees the row above up to so many columns to the right, and rows begin with the start embedding (0: all of the row)')
-    alibi: bool = key(False, 'let local and column attention fade with distance, at another rate for each head')
+    n_colour: int = key(0, 'dimension of the colour embeddings, projected to n_embd and back (0: n_embd)', '0 or more')
+    factorised_colours: bool = key(False, "a colour's embedding is its own plus those of its levels of each channel")
+    relative_colours: bool = key(False, 'the head also scores how far each channel is from the left and upper pixel')
+    attention: str = key('full', 'what the layers attend to, in turn: all earlier pixels (full), the same row and the '
+                                 "one above (local), the same column (column), as in 'local column'")
+    reach: int = key(0, 'columns to the right that local attention sees in the row above (0: all); rows then begin '
+                        'with the start embedding, and sample.py paints along diagonals')
+    alibi: bool = key(False, 'local and column attention fade with distance, each head at its own rate')
     # the optimiser
-    batch_size: int = key(40, 'images an iteration, over all processes and accumulation steps')
-    gradient_accumulation_steps: int = key(1, 'pieces (micro-batches) in which a process works through its share of the batch, to save memory')
-    max_iters: int = key(10000, 'iterations')
-    learning_rate: float = key(6e-4, 'peak of the schedule: linear warm-up, cosine decay')
-    min_lr: float = key(6e-5, 'end of the schedule, at max_iters')
-    muon_lr: float = key(0.0, 'peak for the matrices between embeddings and head (blocks, stem), which Muon then updates, on the same schedule (0: AdamW for all)')
-    warmup_iters: int = key(200, 'iterations of the warm-up')
-    weight_decay: float = key(0.1, 'of embeddings and matrices, by AdamW and Muon')
-    beta1: float = key(0.9, 'AdamW: memory of the gradient')
-    beta2: float = key(0.95, 'AdamW: memory of its square')
-    grad_clip: float = key(1.0, 'clip the norm of the gradient to this (0: never)')
-    average: float = key(0.0, 'evaluate, paint and save averaged weights; as a share of the iterations so far, how old they are on average (0: the newest weights)')
-    flip: bool = key(True, 'mirror half of the images, picked anew each epoch')
-    # looking at it
-    eval_interval: int = key(0, 'evaluate every so many iterations (0: at eval_at only); the last one is always evaluated')
+    batch_size: int = key(40, 'images an iteration, over all processes and accumulation steps', 'more than 0')
+    gradient_accumulation_steps: int = key(1, 'micro-batches of an iteration, to save memory', 'more than 0')
+    max_iters: int = key(10000, 'iterations', 'more than 0')
+    learning_rate: float = key(6e-4, 'peak of the schedule: linear warm-up, cosine decay', 'more than 0')
+    min_lr: float = key(6e-5, 'end of the schedule, at max_iters', '0 or more')
+    muon_lr: float = key(0.0, 'peak for the matrices between embeddings and head, with Muon (0: AdamW)', '0 or more')
+    warmup_iters: int = key(200, 'iterations of the warm-up', '0 or more')
+    weight_decay: float = key(0.1, 'of embeddings and matrices, by AdamW and Muon', '0 or more')
+    beta1: float = key(0.9, 'decay of the first moment in AdamW', '0 or more and less than 1')
+    beta2: float = key(0.95, 'decay of the second moment in AdamW', '0 or more and less than 1')
+    grad_clip: float = key(1.0, 'clip the norm of the gradient to this (0: never)', '0 or more')
+    average: float = key(0.0, 'evaluate, paint with and save averaged weights, whose mean age is this fraction of the '
+                              'iterations so far (0: the newest weights)', '0 or more and less than 1')
+    flip: bool = key(True, 'mirror half of the images, chosen anew in each epoch')
+    # evaluation and logging
+    eval_interval: int = key(0, 'iterations between evaluations (0: at eval_at and at the end only)', '0 or more')
     eval_at: tuple = key((), 'evaluate at these iterations too, as in (200, 400, 800)')
-    eval_batch_size: int = key(4, 'validation images at a time; a matter of memory alone')
-    num_samples: int = key(16, 'images on the sheet of samples that every evaluation paints')
-    log_interval: int = key(10, 'iterations between two log lines')
+    eval_batch_size: int = key(4, 'validation images at a time; affects memory only', 'more than 0')
+    num_samples: int = key(16, 'images on the sheet of samples that every evaluation paints', 'more than 0')
+    log_interval: int = key(10, 'iterations between two log lines', 'more than 0')
     wandb_log: bool = key(False, 'log to Weights & Biases as well (pip install wandb)')
     wandb_project: str = key('pixelgpt', 'its project')
     wandb_run_name: str = key('landscape', 'its name of the run')
     # the machine
-    seed: int = key(1337, 'decides the initial weights, the order of the images and the noise of the samples')
+    seed: int = key(1337, 'decides initial weights, order of the images, noise of the samples', 'from 0 to 2 ** 63 - 1')
     device: str = key('auto', "'auto', 'cuda', 'cuda:1', 'mps' or 'cpu'")
-    dtype: str = key('auto', "'auto' (bfloat16 where the GPU, or the CPU with AMX, has it; else float16 with a loss scaler on CUDA, else float32) or one of the three")
+    dtype: str = key('auto', "'float32', 'bfloat16', 'float16', or 'auto': bfloat16 where a GPU, or a CPU with AMX, "
+                             'has it; else float16 with a loss scaler on CUDA; else float32')
     compile: bool | str = key('auto', "torch.compile: True, False, or 'auto' (on CUDA)")
 
 # -----------------------------------------------------------------------------
@@ -91,16 +96,16 @@ class TrainConfig:
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed, epoch, images):
-    """-> (order, mirrored): all images in a new order and which of them to flip, a pure function of (seed, epoch)."""
+    """Return a new order of all images and which of them to mirror, a pure function of (seed, epoch)."""
     rng = np.random.default_rng([seed, epoch])
     return rng.permutation(images), rng.random(images) < 0.5
 
 
-def get_batch(data, slots, config, meta, device):
-    """slots: numbers in the endless sequence of epochs -> (len(slots), tokens_per_image) int64 tensor."""
+def get_batch(data, indices, config, meta, device):
+    """Return the images at indices of the endless sequence of epochs, (B, T) int64."""
     rows = []
-    for slot in slots:
-        epoch, i = divmod(slot, len(data))
+    for index in indices:
+        epoch, i = divmod(index, len(data))
         order, mirrored = epoch_order(config.seed, epoch, len(data))
         row = data[order[i]].reshape(meta['height'], meta['width'])
         rows.append(row[:, ::-1] if config.flip and mirrored[i] else row)
@@ -108,15 +113,17 @@ def get_batch(data, slots, config, meta, device):
 
 
 def to_device(tokens, device):
-    """Rows of tokens (B, T), an array -> int64 tensor on device. Raises UserError."""
+    """Return an array of tokens (B, T) as int64 tensor on device. Raises UserError."""
     if tokens.max() >= extras.VOCAB_SIZE:
         raise UserError(f'the data hold the token {tokens.max()}, which is no 12-bit colour: prepare them again')
     tokens = torch.from_numpy(tokens.astype(np.int64))
     return tokens.pin_memory().to(device, non_blocking=True) if device.startswith('cuda') else tokens.to(device)
 
+# -----------------------------------------------------------------------------
+# schedule and averaged weights (the optimisers are in model.py, where the parameters have their names)
 
 def get_lr(iteration, config):
-    """Learning rate of an iteration: linear warm-up from near 0, then half a cosine down to min_lr."""
+    """Return the learning rate of an iteration: linear warm-up from near 0, then half a cosine down to min_lr."""
     if iteration < config.warmup_iters:
         return config.learning_rate * (iteration + 1) / (config.warmup_iters + 1)
     ratio = (iteration - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
@@ -124,49 +131,54 @@ def get_lr(iteration, config):
 
 
 @torch.no_grad()
-def update_average(averaged_model, model, iteration, share):
-    """Take the weights of model after an iteration (from 1 on) into the average, whose mean age is that share of the iterations.
+def update_average(averaged_model, model, iteration, mean_age):
+    """Take the weights of model after an iteration (from 1 on) into an average of this mean age, a fraction of the run.
 
-    The power-law average of Karras et al. 2023 (arXiv 2312.02696): the window grows with the run, so that an early checkpoint gets a short one.
+    The power-law average of Karras et al. 2023 (arXiv 2312.02696): its window grows with the run, so that an early
+    checkpoint gets a short one.
     """
-    beta = (1 - 1 / iteration) ** (1 / share - 1)
+    beta = (1 - 1 / iteration) ** (1 / mean_age - 1)
     torch._foreach_lerp_(list(averaged_model.parameters()), list(model.parameters()), 1 - beta)
 
 # -----------------------------------------------------------------------------
 # evaluation
 
 @torch.no_grad()
-def evaluate(model, data, config, device, autocast, rank, world_size, caught=()):
-    """Mean loss in nats over every predicted pixel of every image in data; each rank takes its share of them. None if a signal was caught meanwhile."""
+def evaluate(model, data, config, machine, signals=()):
+    """Return the mean loss in nats over every predicted pixel of all images in data; None if a signal came meanwhile.
+
+    Each process takes its share of the images.
+    """
     model.eval()
-    mine, size, total, seen = data[rank::world_size], config.eval_batch_size, 0.0, 0
-    for i in tqdm(range(0, len(mine), size), desc='validation', leave=False, disable=rank > 0 or None):
-        if caught:
+    shard, size, total, count = data[machine.rank::machine.world_size], config.eval_batch_size, 0.0, 0
+    for i in tqdm(range(0, len(shard), size), desc='validation', leave=False, disable=machine.rank > 0 or None):
+        if signals:
             break
-        tokens = to_device(mine[i:i + size], device)
-        with autocast:
+        tokens = to_device(shard[i:i + size], machine.device)
+        with machine.autocast():
             total += model(tokens).item() * len(tokens)
-        seen += len(tokens)
-    if world_size > 1:
-        sums = torch.tensor([total, seen], dtype=torch.float64, device=device)
+        count += len(tokens)
+    if machine.world_size > 1:
+        sums = torch.tensor([total, count], dtype=torch.float64, device=machine.device)
         dist.all_reduce(sums)
-        total, seen = sums.tolist()
+        total, count = sums.tolist()
     model.train()
-    return total / seen if seen == len(data) else None
+    return total / count if count == len(data) else None
 
 
-def paint_samples(model, data, config, meta, path, caught=()):
-    """A sheet of num_samples images; the noise is the same at every evaluation, so that one sees the model change. None if a signal was caught."""
+def save_samples(path, model, data, config, meta, signals=()):
+    """Paint num_samples images, with the same noise at every evaluation, and save a sheet; give up after a signal."""
     prompts = np.zeros((config.num_samples, 0))
     if not config.start_embedding:  # the first pixels of real images
         prompts = np.resize(data[:config.num_samples, :1], (config.num_samples, 1))
+    total = len(prompts) * (meta['tokens_per_image'] - prompts.shape[1])
 
     def progress(pixels):
         bar.update(pixels)
-        if caught:
+        if signals:
             raise KeyboardInterrupt
 
-    with tqdm(total=len(prompts) * (meta['tokens_per_image'] - prompts.shape[1]), desc='painting', unit='px', unit_scale=True, leave=False, disable=None) as bar, \
+    with tqdm(total=total, desc='painting', unit='px', unit_scale=True, leave=False, disable=None) as bar, \
             contextlib.suppress(KeyboardInterrupt):
         tokens = model.generate(prompts, generator=torch.Generator().manual_seed(config.seed), progress=progress)
         images = tokens.reshape(-1, meta['height'], meta['width'])
@@ -175,25 +187,63 @@ def paint_samples(model, data, config, meta, path, caught=()):
 # -----------------------------------------------------------------------------
 # the log
 
-COLUMNS = ['iteration', 'images', 'tokens', 'seconds', 'learning_rate', 'train_loss', 'val_loss', 'bits_per_pixel']
+LOG_COLUMNS = ['iteration', 'images', 'tokens', 'seconds', 'learning_rate', 'train_loss', 'val_loss', 'bits_per_pixel']
 
 
-def logged(path):
-    """-> the rows of a log.csv, if there is one, without its head and one that was cut short."""
+def read_log(path):
+    """Return the rows of a log.csv, if there is one, without its header and without a row that was cut short."""
     with contextlib.suppress(FileNotFoundError), open(path) as f:
         return [row for row in f if row.split(',')[0].isdigit() and row.endswith('\n')]
     return []
 
 
-def start_log(path, iteration):
-    """Begin log.csv, or when resuming at iteration drop the rows that come after it."""
-    rows = [row for row in logged(path) if int(row.split(',')[0]) <= iteration]
-    with extras.atomic_write(path) as f:
-        f.write((','.join(COLUMNS) + '\n' + ''.join(rows)).encode())
+class Log:
+    """log.csv, its plot loss.png, and Weights & Biases if the config asks for it."""
+
+    def __init__(self, config, meta, wandb, first):
+        """Start a log, or continue one after iteration first, without its later rows."""
+        self.config, self.meta, self.wandb = config, meta, wandb
+        self.path = os.path.join(config.out_dir, 'log.csv')
+        rows = [row for row in read_log(self.path) if int(row.split(',')[0]) <= first]
+        with extras.atomic_write(self.path) as f:
+            f.write((','.join(LOG_COLUMNS) + '\n' + ''.join(rows)).encode())
+
+    def write(self, run, name, loss):
+        """Add a row with the train_loss or the val_loss."""
+        images = run.iteration * self.config.batch_size
+        lr = float(f'{get_lr(run.iteration - 1, self.config):.4g}')
+        values = {'iteration': run.iteration, 'images': images, 'tokens': images * self.meta['tokens_per_image'],
+                  'seconds': round(run.seconds, 2), 'learning_rate': lr, name: round(loss, 5),
+                  'bits_per_pixel': round(loss / math.log(2), 5)}
+        with extras.room_in(self.config.out_dir), open(self.path, 'a') as f:
+            f.write(','.join(str(values.get(c, '')) for c in LOG_COLUMNS) + '\n')
+        if self.wandb:
+            values[f'{name}_bits'] = values.pop('bits_per_pixel')  # both losses may come at one step
+            self.wandb.log(values, step=run.iteration)
+
+    def plot(self):
+        """Write loss.png: bits per pixel over images seen."""
+        import matplotlib
+        matplotlib.use('Agg')
+        from matplotlib import pyplot as plt
+        with open(self.path, newline='') as f:
+            rows = list(csv.DictReader(f))
+        figure, axes = plt.subplots(figsize=(8, 5))
+        for column, style, alpha, label in (('train_loss', '-', 0.6, 'training batches'),
+                                            ('val_loss', 'o-', 1, 'validation, all images')):
+            points = [(int(row['images']), float(row['bits_per_pixel'])) for row in rows if row[column]]
+            if points:
+                axes.plot(*zip(*points), style, label=label, linewidth=1, alpha=alpha)
+        axes.set(xlabel='images seen', ylabel='bits per pixel (12.0 is a uniform guess)')
+        axes.grid(alpha=0.3)
+        axes.legend()
+        with extras.atomic_write(os.path.join(self.config.out_dir, 'loss.png')) as f:
+            figure.savefig(f, format='png', dpi=100, bbox_inches='tight')
+        plt.close(figure)
 
 
 def start_wandb(config):
-    """-> the module wandb, its run begun. Raises UserError."""
+    """Return the module wandb with a run begun. Raises UserError."""
     try:
         import wandb
         wandb.init  # a folder called wandb is no module
@@ -202,49 +252,74 @@ def start_wandb(config):
     try:
         wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=asdict(config))
     except Exception as e:  # no key, no network
-        raise UserError(f'wandb cannot start ({extras.brief(e)}): run  wandb login , or leave --wandb_log out') from None
+        raise UserError(f'wandb cannot start ({extras.brief(e)}): run  wandb login , or omit --wandb_log') from None
     return wandb
 
-
-def plot_log(path, png):
-    """log.csv -> loss.png: bits per pixel over images seen."""
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
-    with open(path, newline='') as f:
-        rows = list(csv.DictReader(f))
-    figure, axes = plt.subplots(figsize=(8, 5))
-    for column, style, label in (('train_loss', '-', 'training batches'), ('val_loss', 'o-', 'validation, all images')):
-        points = [(int(row['images']), float(row['bits_per_pixel'])) for row in rows if row[column]]
-        if points:
-            axes.plot(*zip(*points), style, label=label, linewidth=1, alpha=0.6 if column == 'train_loss' else 1)
-    axes.set(xlabel='images seen', ylabel='bits per pixel (12.0 is a uniform guess)')
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with extras.atomic_write(png) as f:
-        figure.savefig(f, format='png', dpi=100, bbox_inches='tight')
-    plt.close(figure)
-
 # -----------------------------------------------------------------------------
+# a run: starting, saving and restoring it
 
-def check(config, world_size):
-    """Values that have the right type and still make no sense. Raises UserError."""
-    positive = ('n_layer', 'n_head', 'n_embd', 'batch_size', 'gradient_accumulation_steps', 'max_iters', 'learning_rate',
-                'log_interval', 'eval_batch_size', 'num_samples', 'keep_checkpoints')
-    not_negative = ('n_colour', 'muon_lr', 'min_lr', 'warmup_iters', 'weight_decay', 'grad_clip', 'eval_interval', 'save_every_minutes')
-    below_one = ('dropout', 'beta1', 'beta2', 'average')
-    pieces = world_size * config.gradient_accumulation_steps
-    extras.check_values(
-        config, **{name: ('more than 0', getattr(config, name) > 0) for name in positive},
-        **{name: ('0 or more', getattr(config, name) >= 0) for name in not_negative},
-        **{name: ('0 or more and less than 1', 0 <= getattr(config, name) < 1) for name in below_one},
-        seed=('from 0 to 2 ** 63 - 1', 0 <= config.seed < 2 ** 63))
-    extras.check_values(config, batch_size=(
-        f'a multiple of {pieces}: {world_size} processes x --gradient_accumulation_steps={config.gradient_accumulation_steps}', config.batch_size % pieces == 0))
+@dataclass
+class Run:
+    """All that changes while a run goes on, and all that its checkpoints hold."""
+    model: GPT  # never compiled or wrapped, so that its weights keep their names
+    averaged_model: GPT  # evaluated, painted with and saved; the model itself if weights are not averaged
+    optimizers: list  # AdamW, and perhaps Muon
+    scaler: torch.amp.GradScaler
+    loss_sum: torch.Tensor  # over loss_count iterations, since the last log line
+    loss_count: int = 0
+    iteration: int = 0
+    seconds: float = 0.0  # of training, without evaluations
+    last_eval: int = 0  # iteration of the last evaluation
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)  # to tell its checkpoints from those of another run
+    best_val_loss: float = math.inf
+    best_iter: int | None = None
+    saved: list = field(default_factory=list)  # iterations of its checkpoints on disk
+
+
+def start_run(config, meta, machine):
+    """Return a new run with random weights. Raises UserError."""
+    sizes = dict(block_size=meta['tokens_per_image'] - (not config.start_embedding), vocab_size=meta['vocab_size'],
+                 width=meta['width'])
+    switches = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)}
+    torch.manual_seed(config.seed)
+    try:
+        model = GPT(GPTConfig(**sizes, **switches))
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    model.to(machine.device)
+    betas = config.beta1, config.beta2
+    return Run(model, averaged_model=copy.deepcopy(model) if config.average else model,
+               optimizers=model.configure_optimizers(config.weight_decay, config.learning_rate, betas, config.muon_lr),
+               scaler=torch.amp.GradScaler('cuda', enabled=machine.dtype == torch.float16),
+               loss_sum=torch.zeros((), device=machine.device))
+
+
+def save_run(path, run, config, meta, seconds):
+    """Write a checkpoint: all from which the run can continue exactly. seconds: of training so far."""
+    extras.save_checkpoint(dict(
+        model=run.averaged_model.state_dict(), training_model=run.model.state_dict() if config.average else None,
+        optimizer=run.optimizers[0].state_dict(), muon=run.optimizers[1].state_dict() if config.muon_lr else None,
+        scaler=run.scaler.state_dict(), model_args=asdict(run.model.config), iter_num=run.iteration,
+        best_val_loss=run.best_val_loss, config=asdict(config), height=meta['height'], width=meta['width'],
+        run=dict(id=run.id, seconds=seconds, best_iter=run.best_iter, saved=run.saved, last_eval=run.last_eval,
+                 loss_sum=run.loss_sum.item(), loss_count=run.loss_count)), path)
+
+
+def save_evaluated(run, config, meta, seconds):
+    """Write ckpt<iteration>.pt, and remove ckpt_latest.pt and the oldest of too many checkpoints. Return its path."""
+    path = os.path.join(config.out_dir, f'ckpt{run.iteration}.pt')
+    save_run(path, run, config, meta, seconds)
+    # the best one and the last one stay, and whatever other runs have left here
+    too_many = max(0, len(run.saved) - config.keep_checkpoints)
+    for oldest in [i for i in run.saved[:-1] if i != run.best_iter][:too_many]:
+        run.saved.remove(oldest)
+        extras.remove(os.path.join(config.out_dir, f'ckpt{oldest}.pt'))
+    extras.remove(os.path.join(config.out_dir, 'ckpt_latest.pt'))
+    return path
 
 
 def find_checkpoint(config):
-    """--init_from -> the path of the checkpoint to go on from: in a folder the one with most iterations. Raises UserError."""
+    """Return the checkpoint that --init_from means, in a folder the one with most iterations. Raises UserError."""
     folder = config.out_dir if config.init_from == 'resume' else config.init_from
     if config.init_from != 'resume' and not os.path.isdir(folder):
         return config.init_from
@@ -253,77 +328,131 @@ def find_checkpoint(config):
     for path, head in heads.items():
         if head['run']:  # not weights alone
             runs.setdefault(head['run'].get('id'), []).append(path)
+    if not runs and heads:
+        weights = next(iter(heads))
+        raise UserError(f'nothing to resume: {weights} holds weights alone; --init_from={shlex.quote(weights)} starts '
+                        'a new run with them')
     if not runs:
-        weights = next(iter(heads), None)
-        raise UserError(f'nothing to resume: {weights} holds weights alone; --init_from={shlex.quote(weights)} starts a new run with them' if weights else
-                        f'nothing to resume: no checkpoint in {folder}; leave --init_from out to start')
+        raise UserError(f'nothing to resume: no checkpoint in {folder}; leave --init_from out to start')
     if len(runs) > 1:
-        raise UserError(f"{folder} holds checkpoints of {len(runs)} runs ({'; '.join(', '.join(map(os.path.basename, paths)) for paths in runs.values())}): "
-                        'name the one to go on from, as in --init_from=' + shlex.quote(next(iter(runs.values()))[0]))
+        names = '; '.join(', '.join(map(os.path.basename, paths)) for paths in runs.values())
+        raise UserError(f'{folder} holds checkpoints of {len(runs)} runs ({names}): name the one to go on from, as in '
+                        '--init_from=' + shlex.quote(next(iter(runs.values()))[0]))
     return max(*runs.values(), key=lambda path: heads[path]['iter_num'])
 
 
-def restore(path, config, meta, model_args, raw_model, averaged_model, optimizers, scaler, device):
-    """Load a checkpoint into models, optimisers and scaler -> (iteration, the rest of what it tells of its run, or {} if it holds weights alone). Raises UserError."""
-    checkpoint = extras.load_checkpoint(path, device)
+def restore_run(path, run, config, meta, machine):
+    """Load a checkpoint into a run. Return whether that continues the run in out_dir. Raises UserError.
+
+    From weights alone, or from images of another size, only the weights are taken: a new run starts.
+    """
+    checkpoint = extras.load_checkpoint(path, machine.device)
     resized = (checkpoint['height'], checkpoint['width']) != (meta['height'], meta['width'])
     resume = 'run' in checkpoint and not resized
-    theirs = {**(checkpoint['config'] if resume else {}), **checkpoint['model_args']}
-    for name, value in {**model_args, 'batch_size': config.batch_size}.items():
-        value_there = theirs.get(name, getattr(GPTConfig, name, value))
-        fits = value_there == value or name == 'dropout' or resized and config.row_column_positions and name in ('block_size', 'width')
-        if not fits:
-            raise UserError(f"{path} has {name}={value_there}, this run {name}={value}: resume with the config (and data) it was made with")
+    saved_config = {**(checkpoint['config'] if resume else {}), **checkpoint['model_args']}
+    for name, value in {**asdict(run.model.config), 'batch_size': config.batch_size}.items():
+        saved_value = saved_config.get(name, getattr(GPTConfig, name, value))
+        stretched = resized and config.row_column_positions and name in ('block_size', 'width')
+        if saved_value != value and name != 'dropout' and not stretched:
+            raise UserError(f'{path} has {name}={saved_value}, this run {name}={value}: resume with the config (and '
+                            'data) it was made with')
     weights = checkpoint['model']
     with extras.fitting(path):
-        if resized:  # images of another size: rows and columns are stretched
+        if resized:  # the positions of rows and columns are stretched
             for name in ('transformer.wre.weight', 'transformer.wce.weight'):
-                weights[name] = F.interpolate(weights[name].T[None], len(raw_model.get_parameter(name)), mode='linear', align_corners=True)[0].T
-        averaged_model.load_state_dict(weights)
-        raw_model.load_state_dict(resume and checkpoint.get('training_model') or weights)
+                rows = len(run.model.get_parameter(name))
+                weights[name] = F.interpolate(weights[name].T[None], rows, mode='linear', align_corners=True)[0].T
+        run.averaged_model.load_state_dict(weights)  # first, since it may be the same model
+        run.model.load_state_dict(resume and checkpoint.get('training_model') or weights)
     if not resume:
-        return 0, {}
+        machine.print(f'a new run with the weights of {path}')
+        return False
+
     states = [checkpoint[name] for name in ('optimizer', 'muon') if checkpoint.get(name)]
-    if len(states) != len(optimizers):
-        raise UserError(f"{path} was trained {'with' if len(states) > 1 else 'without'} Muon: resume with --muon_lr={'more than 0' if len(states) > 1 else '0'}")
-    for optimizer, state in zip(optimizers, states):  # the moments from the checkpoint, but the weight decay and betas of this run's config
+    if len(states) != len(run.optimizers):
+        was, now = ('with', 'more than 0') if len(states) > 1 else ('without', '0')
+        raise UserError(f'{path} was trained {was} Muon: resume with --muon_lr={now}')
+    for optimizer, state in zip(run.optimizers, states):  # the moments; weight decay and betas are those of this config
         optimizer.load_state_dict({**state, 'param_groups': optimizer.state_dict()['param_groups']})
     if checkpoint['scaler']:  # empty, unless it was float16
-        scaler.load_state_dict(checkpoint['scaler'])
-    run = {'id': None, 'last_eval': checkpoint['iter_num'], 'loss_sum': 0.0, 'loss_count': 0, **checkpoint['run'], 'best_val_loss': checkpoint['best_val_loss']}
-    if max(checkpoint['iter_num'], run['last_eval'] + 1) > config.max_iters:
+        run.scaler.load_state_dict(checkpoint['scaler'])
+    saved = {'last_eval': checkpoint['iter_num'], 'loss_sum': 0.0, 'loss_count': 0, **checkpoint['run']}
+    if max(checkpoint['iter_num'], saved['last_eval'] + 1) > config.max_iters:
         raise UserError(f"{path} has done all {checkpoint['iter_num']} iterations: raise --max_iters to go on")
-    changed = [f'{name} was {theirs[name]}, is {getattr(config, name)}' for name in ('data_dir', 'seed') if theirs[name] != getattr(config, name)]
-    if changed and int(os.environ.get('RANK', 0)) == 0:
-        print(f"note: this is not what {path} was made with: {'; '.join(changed)}")
-    return checkpoint['iter_num'], run
+    run.iteration, run.seconds, run.last_eval = checkpoint['iter_num'], saved['seconds'], saved['last_eval']
+    run.loss_sum.fill_(saved['loss_sum'])
+    run.loss_count = saved['loss_count']
+    continues = os.path.realpath(os.path.dirname(path)) == os.path.realpath(config.out_dir)
+    if continues:
+        run.id, run.best_val_loss = saved.get('id'), checkpoint['best_val_loss']
+        run.best_iter, run.saved = saved['best_iter'], saved['saved']
+    machine.print(f'going on from {path}, iteration {run.iteration}')
+    changed = [f'{name} was {saved_config[name]}, is {getattr(config, name)}' for name in ('data_dir', 'seed')
+               if saved_config[name] != getattr(config, name)]
+    if changed:
+        machine.print(f"note: this is not what {path} was made with: {'; '.join(changed)}")
+    return continues
 
 
-def catch_signals(world_size):
-    """-> a list that gets the numbers of the signals that ask for an end: Ctrl-C, SIGTERM, a closed terminal. A second one ends it at once."""
-    caught = []
+def claim_folder(config, run, continues):
+    """Lock out_dir, and refuse another run in it unless told to overwrite. Return the lock and the files to remove.
 
-    def handler(number, frame):
-        if caught and world_size == 1:  # torchrun passes on what all processes of a terminal have got already
-            raise KeyboardInterrupt
-        caught.append(number)
-        if number == getattr(signal, 'SIGHUP', None):  # there is no terminal to print to any more
-            for descriptor in (1, 2):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    Nothing is removed yet, and nothing but the lock is written. It holds as long as the returned object lives.
+    """
+    lock = extras.lock(config.out_dir)
+    old = [path for path, head in extras.checkpoint_heads(config.out_dir).items() if head['run'] and
+           (head['run'].get('id') != run.id or head['iter_num'] > run.iteration)]
+    log_path = os.path.join(config.out_dir, 'log.csv')
+    if not continues and read_log(log_path):
+        old.append(log_path)
+    if old and not config.overwrite:
+        names = ', '.join(map(os.path.basename, old[:4])) + ', ...' * (len(old) > 4)
+        raise UserError(f'{config.out_dir} holds a run ({names}): go on with it by --init_from=resume, choose another '
+                        '--out_dir, or replace it by --overwrite=True')
+    for folder in ('', 'images'):  # left by a run that was killed
+        old += glob.glob(os.path.join(glob.escape(config.out_dir), folder, '*.partial'))
+    return lock, old
 
-    for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
-        number = getattr(signal, name, None)  # Windows has two of them
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # as it is under nohup
-            signal.signal(number, handler)
-    return caught
+
+def stop_if_not_finite(loss, run, config):
+    """Raise UserError if the loss is infinite or not a number."""
+    if not math.isfinite(loss):
+        last = 'there is no checkpoint yet'
+        if run.saved:
+            last = f'{config.out_dir}/ckpt{run.saved[-1]}.pt is the last good checkpoint'
+        raise UserError(f'the loss is {loss} at iteration {run.iteration}; {last}. Try a lower --learning_rate (now '
+                        f'{config.learning_rate:g}), a longer --warmup_iters, or --dtype=float32')
+
+# -----------------------------------------------------------------------------
+# the machine
+
+@dataclass
+class Machine:
+    """Where this process runs: alone, or as one of several under torchrun."""
+    rank: int
+    world_size: int
+    device: str
+    dtype: torch.dtype
+    compile: bool
+
+    def autocast(self):
+        """Return a context in which products are computed in dtype."""
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.split(':')[0], self.dtype) if enabled else contextlib.nullcontext()
+
+    def print(self, *words):
+        """Print on the first process only."""
+        if self.rank == 0:
+            print(*words, flush=True)
 
 
-def main(argv=None):
-    config = extras.load_config(TrainConfig, argv, description='Train a GPT to paint.')
-
-    # one process, or one of several under torchrun
+def set_up_machine(config):
+    """Choose device and precision, and join the other processes under torchrun. Raises UserError."""
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    check(config, world_size)
+    pieces = world_size * config.gradient_accumulation_steps
+    extras.check_values(config, batch_size=(
+        f'a multiple of {pieces}: {world_size} processes x --gradient_accumulation_steps='
+        f'{config.gradient_accumulation_steps}', config.batch_size % pieces == 0))
     device = extras.pick_device(config.device)
     if world_size > 1:
         if device.startswith('cuda'):
@@ -331,222 +460,209 @@ def main(argv=None):
             torch.cuda.set_device(device)
         device = 'cpu' if device == 'mps' else device
         dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
-    master = rank == 0
-    dtype = extras.pick_dtype(config.dtype, device)
-    autocast = torch.autocast(device.split(':')[0], dtype) if dtype != torch.float32 else contextlib.nullcontext()
-    scaler = torch.amp.GradScaler('cuda', enabled=dtype == torch.float16)
-    compile_it = extras.pick_compile(config.compile, device)
-    torch.set_float32_matmul_precision('high')  # TF32 where there is any
-    say = functools.partial(print, flush=True) if master else lambda *_: None
+    torch.set_float32_matmul_precision('high')  # TF32, where a GPU has it
+    return Machine(rank, world_size, device, extras.pick_dtype(config.dtype, device),
+                   extras.pick_compile(config.compile, device))
 
-    # data: one image a row
-    meta = extras.load_meta(config.data_dir)
-    train_data, val_data = (extras.load_tokens(config.data_dir, split, meta) for split in ('train', 'val'))
-    log_path, latest_path = os.path.join(config.out_dir, 'log.csv'), os.path.join(config.out_dir, 'ckpt_latest.pt')
 
-    # model and optimiser, new or from a checkpoint
-    torch.manual_seed(config.seed)
-    model_args = dict(block_size=meta['tokens_per_image'] - (not config.start_embedding), vocab_size=meta['vocab_size'],
-                      width=meta['width'], **{f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)})
-    try:
-        raw_model = GPT(GPTConfig(**model_args))
-    except ValueError as e:
-        raise UserError(str(e)) from None
-    raw_model.to(device)  # kept by this name: torch.compile and DDP change those of the weights
-    averaged_model = copy.deepcopy(raw_model) if config.average else raw_model  # what is evaluated, painted with and saved
-    optimizers = raw_model.configure_optimizers(config.weight_decay, config.learning_rate, (config.beta1, config.beta2), config.muon_lr)
-    peaks = [optimizer.param_groups[0]['lr'] for optimizer in optimizers]
-    iteration, run, own = 0, {}, False
-    if config.init_from != 'scratch':
-        path = find_checkpoint(config)
-        iteration, run = restore(path, config, meta, model_args, raw_model, averaged_model, optimizers, scaler, device)
-        own = bool(run) and os.path.realpath(os.path.dirname(path)) == os.path.realpath(config.out_dir)
-        say(f'going on from {path}, iteration {iteration}' if run else f'a new run with the weights of {path}')
-    seconds, last_eval, loss_count = run.get('seconds', 0), run.get('last_eval', 0), run.get('loss_count', 0)
-    loss_sum = torch.tensor(run.get('loss_sum', 0.0), device=device)  # since the last log line
-    run_id, best_val_loss, best_iter, saved = uuid.uuid4().hex, math.inf, None, []  # the id tells a run's checkpoints from those of another
-    if own:
-        run_id, best_val_loss, best_iter, saved = (run[name] for name in ('id', 'best_val_loss', 'best_iter', 'saved'))
-
-    # a run that lies in the folder already is not touched
-    if master:
-        lock = extras.lock(config.out_dir)  # noqa: F841, held until the end
-        heads = extras.checkpoint_heads(config.out_dir)
-        old = [path for path, head in heads.items() if head['run'] and (head['run'].get('id') != run_id or head['iter_num'] > iteration)]
-        if not own and logged(log_path):
-            old.append(log_path)
-        if old and not config.overwrite:
-            raise UserError(f"{config.out_dir} holds a run ({', '.join(map(os.path.basename, old[:4]))}{', ...' * (len(old) > 4)}): go on with it by --init_from=resume, "
-                            'choose another --out_dir, or replace it by --overwrite=True')
-
-    model = raw_model
-    if compile_it:
-        say('compiling the model, which takes up to a minute')
-        model = torch.compile(model)
-    if world_size > 1:
-        model = DDP(model, device_ids=[device] if device.startswith('cuda') else None)
-
-    positions = sum(p.numel() for p in raw_model.parameters()) - raw_model.num_params()
-    say(f"{raw_model.num_params() / 1e6:.2f}M parameters (and {positions / 1e6:.2f}M for positions) on {world_size} x {device}, "
-        f"{str(dtype).removeprefix('torch.')}{', compiled' if compile_it else ''}")
-    say(f"{len(train_data):,} training and {len(val_data):,} validation images of {meta['width']}x{meta['height']} from {config.data_dir}; "
-        f"{config.max_iters:,} iterations of {config.batch_size} images are {config.max_iters * config.batch_size / len(train_data):.2f} epochs")
-    share = config.batch_size // world_size  # images of this process
-    micro = share // config.gradient_accumulation_steps
-    if compile_it:
+def compile_and_wrap(model, tokens, machine):
+    """Compile the model if the machine says so, trying it on tokens (B, T), and wrap it for several processes."""
+    compiled = model
+    if machine.compile:
+        machine.print('compiling the model, which takes up to a minute')
+        compiled = torch.compile(model)
+    if machine.world_size > 1:
+        compiled = DDP(compiled, device_ids=[machine.device] if machine.device.startswith('cuda') else None)
+    if machine.compile:
         try:
-            with autocast:
-                model(get_batch(train_data, range(micro), config, meta, device)).backward()
-        except (torch.OutOfMemoryError, UserError):
+            with machine.autocast():
+                compiled(tokens).backward()
+        except torch.OutOfMemoryError:
             raise
         except Exception as e:  # no compiler, or one that does not work
             raise UserError(f'torch.compile does not work here ({extras.brief(e)}): use --compile=False') from None
-        raw_model.zero_grad(set_to_none=True)
-    wandb = start_wandb(config) if master and config.wandb_log else None
-    if master:  # whatever can fail has not: from here on files are written
-        partial = [glob.glob(os.path.join(glob.escape(config.out_dir), folder, '*.partial')) for folder in ('', 'images')]
-        for path in sum(partial, old):  # what a run that was killed has left, too
+        model.zero_grad(set_to_none=True)
+    return compiled
+
+
+def catch_signals(world_size):
+    """Catch Ctrl-C, SIGTERM and a closed terminal. Return the list that they join; a second one ends all at once."""
+    signals = []
+
+    def handler(number, frame):
+        if signals and world_size == 1:  # torchrun passes on what all processes of a terminal have received already
+            raise KeyboardInterrupt
+        signals.append(number)
+        if number == getattr(signal, 'SIGHUP', None):  # there is no terminal to print to any more
+            for descriptor in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+    for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
+        number = getattr(signal, name, None)  # Windows has two of them
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, handler)
+    return signals
+
+
+NOTHING, SAVE, STOP = range(3)
+
+
+def agree(request, world_size):
+    """Return the most that a process asks for: all of them do the same."""
+    if world_size > 1:
+        requests = torch.tensor(request)
+        dist.all_reduce(requests, dist.ReduceOp.MAX)
+        return requests.item()
+    return request
+
+
+def resume_command(argv, world_size):
+    """Return what to type to go on with this run."""
+    kept, words = [], iter(argv)
+    for word in words:
+        if word in ('--init_from', '--overwrite'):
+            next(words)  # its value
+        elif not word.startswith(('--init_from=', '--overwrite=')):
+            kept.append(word)
+    return f"{'python' if world_size == 1 else 'torchrun ...'} {shlex.join(kept)} --init_from=resume"
+
+# -----------------------------------------------------------------------------
+
+def main(argv=None):
+    config = extras.load_config(TrainConfig, argv, description='Train a GPT to paint.')
+    machine = set_up_machine(config)
+    world_size, master_process = machine.world_size, machine.rank == 0
+    meta = extras.load_meta(config.data_dir)
+    train_data, val_data = (extras.load_tokens(config.data_dir, split, meta) for split in ('train', 'val'))
+    local_batch_size = config.batch_size // world_size
+    micro_batch_size = local_batch_size // config.gradient_accumulation_steps
+
+    run, continues = start_run(config, meta, machine), False
+    if config.init_from != 'scratch':
+        continues = restore_run(find_checkpoint(config), run, config, meta, machine)
+    if master_process:
+        lock, old_files = claim_folder(config, run, continues)  # noqa: F841, the lock is held until the end
+    positions = sum(p.numel() for p in run.model.parameters()) - run.model.num_params()
+    epochs = config.max_iters * config.batch_size / len(train_data)
+    machine.print(f'{run.model.num_params() / 1e6:.2f}M parameters (and {positions / 1e6:.2f}M for positions) on '
+                  f"{world_size} x {machine.device}, {str(machine.dtype).removeprefix('torch.')}"
+                  f"{', compiled' if machine.compile else ''}")
+    machine.print(f'{len(train_data):,} training and {len(val_data):,} validation images of '
+                  f"{meta['width']}x{meta['height']} from {config.data_dir}; {config.max_iters:,} iterations of "
+                  f'{config.batch_size} images are {epochs:.2f} epochs')
+    first_tokens = get_batch(train_data, range(micro_batch_size), config, meta, machine.device)
+    model = compile_and_wrap(run.model, first_tokens, machine)
+    wandb = start_wandb(config) if master_process and config.wandb_log else None
+    if master_process:  # all that can fail has been tried: from here on files are written
+        for path in old_files:
             os.remove(path)
-        start_log(log_path, iteration if own else 0)
+        log = Log(config, meta, wandb, first=run.iteration if continues else 0)
 
-    def log(name, loss):
-        """One row of log.csv, of the train_loss or the val_loss."""
-        values = {'iteration': iteration, 'images': iteration * config.batch_size, 'tokens': iteration * config.batch_size * meta['tokens_per_image'],
-                  'seconds': round(seconds, 2), 'learning_rate': float(f'{get_lr(iteration - 1, config):.4g}'),
-                  name: round(loss, 5), 'bits_per_pixel': round(loss / math.log(2), 5)}
-        with extras.room_in(config.out_dir), open(log_path, 'a') as f:
-            f.write(','.join(str(values.get(c, '')) for c in COLUMNS) + '\n')
-        if wandb:
-            values[f'{name}_bits'] = values.pop('bits_per_pixel')  # both losses may come at one step
-            wandb.log(values, step=iteration)
-
-    def stop_if_not_finite(loss):
-        if not math.isfinite(loss):
-            last = f'{config.out_dir}/ckpt{saved[-1]}.pt is the last good checkpoint' if saved else 'there is no checkpoint yet'
-            raise UserError(f'the loss is {loss} at iteration {iteration}; {last}. Try a lower --learning_rate (now {config.learning_rate:g}), '
-                            'a longer --warmup_iters, or --dtype=float32')
-
-    def save(path):
-        """Everything from which the run can go on exactly."""
-        extras.save_checkpoint(dict(
-            model=averaged_model.state_dict(), training_model=raw_model.state_dict() if config.average else None, optimizer=optimizers[0].state_dict(),
-            muon=optimizers[1].state_dict() if config.muon_lr else None, scaler=scaler.state_dict(), model_args=model_args,
-            iter_num=iteration, best_val_loss=best_val_loss, config=asdict(config), height=meta['height'], width=meta['width'],
-            run=dict(id=run_id, seconds=seconds + time.monotonic() - window, best_iter=best_iter, saved=saved, last_eval=last_eval,
-                     loss_sum=loss_sum.item(), loss_count=loss_count)), path)
-
-    first, window_first, caught = iteration, iteration, catch_signals(world_size)
-    began = window = last_save = time.monotonic()  # window: since the last log line, less evaluations
+    start_iteration, window_iteration, signals = run.iteration, run.iteration, catch_signals(world_size)
+    start_time = window_start = last_save = time.monotonic()  # window: since the last log line, without evaluations
     model.train()
     while True:
-        last_step = iteration == config.max_iters
-        eval_step = iteration > last_eval and (last_step or iteration in config.eval_at or (config.eval_interval > 0 and iteration % config.eval_interval == 0))
+        last_step = run.iteration == config.max_iters
+        eval_step = run.iteration > run.last_eval and (
+            last_step or run.iteration in config.eval_at
+            or config.eval_interval > 0 and run.iteration % config.eval_interval == 0)
 
         # a log line tells the mean of the losses since the one before
-        if loss_count and (eval_step or iteration % config.log_interval == 0):
-            mean = loss_sum / loss_count
+        if run.loss_count and (eval_step or run.iteration % config.log_interval == 0):
+            mean = run.loss_sum / run.loss_count
             if world_size > 1:
                 dist.all_reduce(mean)
             train_loss = mean.item() / world_size
-            took = time.monotonic() - window
-            seconds += took
-            stop_if_not_finite(train_loss)
-            images = (iteration - window_first) * config.batch_size / took
-            left = (time.monotonic() - began) / max(1, iteration - first) * (config.max_iters - iteration)
-            say(f"iter {iteration} | loss {train_loss:.4f} | {train_loss / math.log(2):.3f} bits/pixel | {images:.2f} images/s | "
-                f"{images * meta['tokens_per_image']:,.0f} tokens/s | {datetime.timedelta(seconds=int(left))} left")
-            if master:
-                log('train_loss', train_loss)
-            loss_sum.zero_()
-            loss_count, window, window_first = 0, time.monotonic(), iteration
-        elif iteration == first + 1:  # something to see before the first log line
-            say(f'iter {iteration} | loss {loss_sum.item() / loss_count:.4f} | {time.monotonic() - window:.1f} s')
+            elapsed = time.monotonic() - window_start
+            run.seconds += elapsed
+            stop_if_not_finite(train_loss, run, config)
+            rate = (run.iteration - window_iteration) * config.batch_size / elapsed
+            per_iteration = (time.monotonic() - start_time) / max(1, run.iteration - start_iteration)
+            left = datetime.timedelta(seconds=int(per_iteration * (config.max_iters - run.iteration)))
+            machine.print(f'iter {run.iteration} | loss {train_loss:.4f} | {train_loss / math.log(2):.3f} bits/pixel | '
+                          f"{rate:.2f} images/s | {rate * meta['tokens_per_image']:,.0f} tokens/s | {left} left")
+            if master_process:
+                log.write(run, 'train_loss', train_loss)
+            run.loss_sum.zero_()
+            run.loss_count, window_start, window_iteration = 0, time.monotonic(), run.iteration
+        elif run.iteration == start_iteration + 1:  # something to see before the first log line
+            machine.print(f'iter {run.iteration} | loss {run.loss_sum.item() / run.loss_count:.4f} | '
+                          f'{time.monotonic() - window_start:.1f} s')
 
-        # evaluation: the loss over all validation images, a sheet of samples, a checkpoint
-        if eval_step and (val_loss := evaluate(averaged_model, val_data, config, device, autocast, rank, world_size, caught)) is not None:
-            window = time.monotonic()
-            stop_if_not_finite(val_loss)
-            last_eval = iteration
-            if val_loss < best_val_loss:
-                best_val_loss, best_iter = val_loss, iteration
-            saved.append(iteration)
-            if master:
-                log('val_loss', val_loss)
-                path = os.path.join(config.out_dir, f'ckpt{iteration}.pt')
-                save(path)
-                # the oldest ones go, but never the best nor the last; what other runs have left here is not touched
-                while len(saved) > config.keep_checkpoints and (old := next((i for i in saved[:-1] if i != best_iter), None)):
-                    saved.remove(old)
-                    extras.remove(os.path.join(config.out_dir, f'ckpt{old}.pt'))
-                extras.remove(latest_path)
-                plot_log(log_path, os.path.join(config.out_dir, 'loss.png'))
-                picture = os.path.join(config.out_dir, 'images', f'output{iteration}.png')
-                paint_samples(averaged_model, val_data, config, meta, picture, caught)
-                say(f"iter {iteration} | validation loss {val_loss:.4f} | {val_loss / math.log(2):.3f} bits/pixel"
-                    f"{' | the best so far' if best_iter == iteration else ''} | {path} | {picture}")
-            window = last_save = time.monotonic()
-        if last_step and last_eval == iteration:
+        # evaluation: the loss over all validation images, a checkpoint, a sheet of samples
+        if eval_step and (val_loss := evaluate(run.averaged_model, val_data, config, machine, signals)) is not None:
+            stop_if_not_finite(val_loss, run, config)
+            run.last_eval = run.iteration
+            if val_loss < run.best_val_loss:
+                run.best_val_loss, run.best_iter = val_loss, run.iteration
+            run.saved.append(run.iteration)
+            if master_process:
+                log.write(run, 'val_loss', val_loss)
+                path = save_evaluated(run, config, meta, run.seconds)
+                log.plot()
+                picture = os.path.join(config.out_dir, 'images', f'output{run.iteration}.png')
+                save_samples(picture, run.averaged_model, val_data, config, meta, signals)
+                best = ' | the best so far' if run.best_iter == run.iteration else ''
+                machine.print(f'iter {run.iteration} | validation loss {val_loss:.4f} | {val_loss / math.log(2):.3f} '
+                              f'bits/pixel{best} | {path} | {picture}')
+            window_start = last_save = time.monotonic()
+        if last_step and run.last_eval == run.iteration:
             break
 
-        # a checkpoint when it is time, or when a signal was caught; all processes do the same
-        wish = 2 if caught else 1 if 0 < config.save_every_minutes * 60 < time.monotonic() - last_save else 0
-        if world_size > 1:
-            wishes = torch.tensor(wish)
-            dist.all_reduce(wishes, dist.ReduceOp.MAX)
-            wish = wishes.item()
-        if wish and iteration not in saved:
-            stop_if_not_finite(sum(p.sum().item() for p in raw_model.parameters()))
-            if master:
-                save(latest_path)
+        # a checkpoint when it is time, or when a signal has come
+        save_due = 0 < config.save_every_minutes * 60 < time.monotonic() - last_save
+        request = agree(STOP if signals else SAVE if save_due else NOTHING, world_size)
+        if request and run.iteration not in run.saved:
+            stop_if_not_finite(sum(p.sum().item() for p in run.model.parameters()), run, config)
+            if master_process:
+                save_run(os.path.join(config.out_dir, 'ckpt_latest.pt'), run, config, meta,
+                         run.seconds + time.monotonic() - window_start)
             last_save = time.monotonic()
-        if wish == 2:
+        if request == STOP:
             break
 
         # one step. Dropout too is a function of (seed, iteration, rank): a checkpoint needs no random state
-        torch.manual_seed(config.seed + iteration * world_size + rank)
-        for optimizer, peak in zip(optimizers, peaks):
+        torch.manual_seed(config.seed + run.iteration * world_size + machine.rank)
+        lr = get_lr(run.iteration, config)
+        for optimizer, peak in zip(run.optimizers, (config.learning_rate, config.muon_lr)):
             for group in optimizer.param_groups:
-                group['lr'] = get_lr(iteration, config) / config.learning_rate * peak
-        for step in range(config.gradient_accumulation_steps):
-            start = iteration * config.batch_size + rank * share + step * micro
-            tokens = get_batch(train_data, range(start, start + micro), config, meta, device)
-            if world_size > 1:  # the ranks share their gradients in the last backward pass only
-                model.require_backward_grad_sync = step == config.gradient_accumulation_steps - 1
-            with autocast:
+                group['lr'] = lr / config.learning_rate * peak
+        for micro_step in range(config.gradient_accumulation_steps):
+            start = run.iteration * config.batch_size + machine.rank * local_batch_size + micro_step * micro_batch_size
+            tokens = get_batch(train_data, range(start, start + micro_batch_size), config, meta, machine.device)
+            if world_size > 1:  # the processes average their gradients in the last backward pass only
+                model.require_backward_grad_sync = micro_step == config.gradient_accumulation_steps - 1
+            with machine.autocast():
                 loss = model(tokens) / config.gradient_accumulation_steps
-            scaler.scale(loss).backward()
-            loss_sum += loss.detach()
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
-        for optimizer in optimizers:
-            if not scaler.is_enabled() or norm.isfinite():  # in float16, what overflows for one would spoil the other's clipped gradients
-                scaler.step(optimizer)
+            run.scaler.scale(loss).backward()
+            run.loss_sum += loss.detach()
+        for optimizer in run.optimizers:
+            run.scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
+        for optimizer in run.optimizers:
+            if not run.scaler.is_enabled() or grad_norm.isfinite():  # in float16 both step or neither
+                run.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
-        scaler.update()
-        loss_count += 1
-        iteration += 1
+        run.scaler.update()
+        run.loss_count += 1
+        run.iteration += 1
         if config.average:
-            update_average(averaged_model, raw_model, iteration, config.average)
+            update_average(run.averaged_model, run.model, run.iteration, config.average)
 
-    if last_step and last_eval == iteration:
-        say(f'done: best validation {best_val_loss / math.log(2):.3f} bits/pixel at iteration {best_iter}. Paint with  python sample.py --ckpt ' + shlex.quote(f'{config.out_dir}/ckpt{best_iter}.pt'))
-        caught.clear()
+    if last_step and run.last_eval == run.iteration:
+        best = shlex.quote(f'{config.out_dir}/ckpt{run.best_iter}.pt')
+        machine.print(f'done: best validation {run.best_val_loss / math.log(2):.3f} bits/pixel at iteration '
+                      f'{run.best_iter}. Paint with  python sample.py --ckpt {best}')
+        signals.clear()
     else:
-        again, words = [], iter(sys.argv)
-        for word in words:
-            if word in ('--init_from', '--overwrite'):
-                next(words)  # its value
-            elif not word.startswith(('--init_from=', '--overwrite=')):
-                again.append(word)
-        say(f"\nstopped at iteration {iteration}. Go on with  {'python' if world_size == 1 else 'torchrun ...'} {shlex.join(again)} --init_from=resume")
-        caught.append(signal.SIGTERM)  # if it was another process that has got it
+        machine.print(f'\nstopped at iteration {run.iteration}. Go on with  {resume_command(sys.argv, world_size)}')
+        signals.append(signal.SIGTERM)  # if another process received it
     if world_size > 1:
-        dist.barrier()  # nobody leaves while another still evaluates
-        model = loss = None  # what they hold of the process group would be freed after it, which now and then never ends
+        dist.barrier()  # nobody leaves while another process still evaluates
+        model = loss = None  # they would release the process group after it is gone, which now and then never ends
         dist.destroy_process_group()
-    if caught:
-        sys.exit(128 + caught[0])
+    if signals:
+        sys.exit(128 + signals[0])
 
 
 if __name__ == '__main__':

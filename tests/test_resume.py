@@ -157,7 +157,7 @@ def wait_for(process, condition):
 
 
 def logged_up_to(folder):
-    return max((int(row.split(',')[0]) for row in train.logged(folder / 'log.csv')), default=-1)
+    return max((int(row.split(',')[0]) for row in train.read_log(folder / 'log.csv')), default=-1)
 
 
 def assert_same_run(a, b, last='ckpt40.pt'):

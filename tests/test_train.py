@@ -142,7 +142,6 @@ def test_what_a_config_file_may_say(tmp_path, text, key, value):
 def test_every_config_file_of_the_repository_is_understood():
     for path in sorted((ROOT / 'config').glob('*.py')):
         config = extras.load_config(train.TrainConfig, [str(path)])
-        train.check(config, 1)
         GPTConfig(width=64, block_size=4096 - (not config.start_embedding), **{f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)})
 
 
