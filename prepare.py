@@ -291,7 +291,7 @@ def open_tables(name, args, shards=None, cache_dir=None, required=True):
     if column and column not in there:
         raise UserError(f"--column={column}: there is {', '.join(there)}")
     if not column and required:
-        hint = '; pictures behind addresses have to be fetched first' if 'url' in str(there).lower() else ''
+        hint = '; what is behind addresses has to be fetched first' if 'url' in str(there).lower() else ''
         raise UserError(f'no column of images among {there}: a column has to hold image files, or pixels{hint}')
     return [Table(split, rows, column) for split, rows in splits.items() if column in rows.column_names]
 
@@ -372,7 +372,8 @@ def split_order(keys, val_fraction, held_out=None):
         return train, val
     cuts = np.flatnonzero(ranked[1:] != ranked[:-1]) + 1  # where the next image is another one
     if not len(cuts):
-        raise UserError('all usable images are the same picture: training and validation need two different ones')
+        raise UserError('all usable images are the same picture: training and validation need at least two different '
+                        'ones')
     cut = cuts[np.abs(cuts - len(keys) * val_fraction).argmin()]
     return order[cut:], order[:cut]
 
