@@ -1,12 +1,11 @@
-"""How fast prepare.py reads pictures, and how much memory it takes.
+"""Measure how fast prepare.py reads pictures, and how much memory it takes.
 
-    python bench/prepare.py                                   # large JPEGs drawn here
-    python bench/prepare.py --source ../shared/photos64       # and a folder of your own
+    python bench/preparing.py                                 # large JPEGs drawn here
+    python bench/preparing.py --source ../shared/photos64     # and a folder of your own
 
 For every source and number of workers: images a second from the first to the last (start-up included), and the peak
 memory of all its processes together (proportional set size, so that shared pages count once; Linux only).
 """
-import argparse
 import os
 import subprocess
 import sys
@@ -17,13 +16,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import prepare  # noqa: E402
+from common import argument_parser, command, table_head, table_row
+import prepare
 
 
 def draw_large_jpegs(folder, count, width=4000, height=3000):
-    """Camera-sized JPEGs: enlarged synthetic landscapes with grain, about 3 MB each."""
+    """Write camera-sized JPEGs into a new folder: enlarged synthetic landscapes with grain, about 3 MB each."""
     folder.mkdir()
     source = prepare.Synthetic(count, seed=1, size=64)
     rng = np.random.default_rng(1)
@@ -36,7 +34,7 @@ def draw_large_jpegs(folder, count, width=4000, height=3000):
 
 
 def tree_memory(pid):
-    """Bytes of proportional set size of a process and all its descendants."""
+    """Return the proportional set size of a process and all its descendants, in bytes."""
     total, todo = 0, [pid]
     while todo:
         pid = todo.pop()
@@ -52,10 +50,11 @@ def tree_memory(pid):
 
 
 def measure(source, workers, out_dir, *options):
-    """-> (seconds, peak bytes, images) of one run of prepare.py."""
+    """Run prepare.py once. Return its seconds, its peak memory in bytes, and the number of images."""
     began, peak = time.perf_counter(), 0
-    process = subprocess.Popen([sys.executable, str(ROOT / 'prepare.py'), '--source', str(source), '--out_dir', str(out_dir), '--workers', str(workers), *options],
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command('prepare.py', '--source', source, '--out_dir', out_dir, '--workers', workers, *options),
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     while process.poll() is None:
         peak = max(peak, tree_memory(process.pid))
         time.sleep(0.05)
@@ -67,7 +66,7 @@ def measure(source, workers, out_dir, *options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument('--source', action='append', default=[], help='a folder to measure; may be given several times')
     parser.add_argument('--large', type=int, default=100, help='how many large JPEGs to draw (0: none)')
     args = parser.parse_args()
@@ -78,11 +77,12 @@ def main():
             sources.append((draw_large_jpegs(temporary / '4000x3000 JPEGs', args.large), []))
         # constant memory: ten times the images, the same peak
         sources += [('synthetic', ['--num_images', count]) for count in ('1000', '10000')]
-        print('| source | images | workers | seconds | images/s | peak MB |\n|---|---|---|---|---|---|')
+        print(table_head('source', 'images', 'workers', 'seconds', 'images/s', 'peak MB'))
         for source, options in sources:
             for workers in sorted({1, os.cpu_count()}):
                 seconds, peak, images = measure(source, workers, temporary / 'out', *options)
-                print(f'| {Path(source).name} | {images:,} | {workers} | {seconds:.1f} | {images / seconds:,.0f} | {peak / 1e6:.0f} |', flush=True)
+                print(table_row(Path(source).name, f'{images:,}', workers, f'{seconds:.1f}',
+                                f'{images / seconds:,.0f}', f'{peak / 1e6:.0f}'), flush=True)
 
 
 if __name__ == '__main__':

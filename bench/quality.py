@@ -1,17 +1,20 @@
-"""What people see, measured without any pretrained network: samples of models beside real photographs.
+"""Measure the quality of samples without any pretrained network: samples of models beside real photographs.
 
-    python bench/quality.py --ckpt out/ckpt6000.pt --data data/photos                  # 1,000 samples: less than half an hour on two cores
-    python bench/quality.py --ckpt frequencies out/ckpt200.pt out/ckpt6000.pt --num_samples 256     # a quick look, side by side
+    # 1,000 samples: less than half an hour on two cores
+    python bench/quality.py --ckpt out/ckpt6000.pt --data data/photos
+    # a quick look, side by side
+    python bench/quality.py --ckpt frequencies out/ckpt200.pt out/ckpt6000.pt --num_samples 256
     python bench/quality.py --ckpt out/ckpt6000.pt --sampling temperature=0.9 top_p=0.95 --num_samples 256
 
-Every set is compared with the same validation images, drawn at random. The column "floor" does so with as many training images: what two sets of
-real photographs differ by. `frequencies` is a bad model on purpose: pixels that know nothing of each other, as frequent as in the
-training images. Real images are tokens too, so that all went through the same quantisation. What a row means stands at its function.
-With several checkpoints of one run, out/quality/run.png shows what is seen over iterations and over bits per pixel, and out/quality/training.png
-nine samples of each, a row a checkpoint, a column with the same noise; out/quality/pairs.png shows the eight samples (of the last model) that are closest to a
-training image, and that image.
+Every set is compared with the same validation images, drawn at random. The column "floor" compares as many training
+images with them: the difference between two sets of real photographs. `frequencies` is a bad model on purpose:
+independent pixels, each colour as frequent as in the training images. Real images are tokens too, so that all images
+are quantised alike. The docstring of a function explains its row of the table.
+
+With several checkpoints of one run, out/quality/run.png shows measures over iterations and over bits per pixel, and
+out/quality/training.png nine samples of each: a row for each checkpoint, the same noise down a column.
+out/quality/pairs.png shows the eight samples (of the last model) that are closest to a training image, and that image.
 """
-import argparse
 import math
 import sys
 import time
@@ -22,24 +25,28 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import extras  # noqa: E402
+from common import ROOT, argument_parser, table_head, table_row
+import extras
 
 # -----------------------------------------------------------------------------
 # measures of images: tokens (n, H, W), or their levels (n, H, W, 3), 0 .. 15 in float32
 
 
 def levels(tokens):
+    """Return the levels of red, green and blue of tokens."""
     return np.stack((tokens >> 8 & 15, tokens >> 4 & 15, tokens & 15), axis=-1).astype(np.float32)
 
 
 def luminance(rgb):
+    """Return the luminance of levels, weighted as in Rec. 601."""
     return rgb @ np.float32([0.299, 0.587, 0.114])
 
 
 def pyramid(rgb, smallest=16):
-    """Laplacian pyramid (Burt and Adelson 1983) of (n, H, W, 3) -> {H: (n, 3, H, W), H / 2: ..., ...}: details, and what is left last."""
+    """Return the Laplacian pyramid (Burt and Adelson 1983) of (n, H, W, 3): {H: (n, 3, H, W), H / 2: ..., ...}.
+
+    The last entry is the low-pass residual, the others are the details of their size.
+    """
     kernel = torch.tensor([1., 4, 6, 4, 1]) / 16
     kernel = (kernel[:, None] * kernel).expand(3, 1, 5, 5)
     blur = lambda x: F.conv2d(F.pad(x, (2, 2, 2, 2), mode='reflect'), kernel, groups=3)
@@ -54,17 +61,19 @@ def pyramid(rgb, smallest=16):
 
 
 def patches(x, rng, count=64, side=7):
-    """So many random patches of each image (n, 3, H, W) -> (n * count, 3, side ** 2)."""
+    """Return count random patches of each image (n, 3, H, W), as (n * count, 3, side ** 2)."""
     n, _, h, w = x.shape
-    y, left = rng.integers(0, h - side + 1, (n, count)), rng.integers(0, w - side + 1, (n, count))
+    top = torch.from_numpy(rng.integers(0, h - side + 1, (n, count)))
+    left = torch.from_numpy(rng.integers(0, w - side + 1, (n, count)))
     windows = x.unfold(2, side, 1).unfold(3, side, 1)  # (n, 3, H', W', side, side)
-    return windows[torch.arange(n)[:, None], :, torch.from_numpy(y), torch.from_numpy(left)].reshape(n * count, 3, side * side)
+    return windows[torch.arange(n)[:, None], :, top, left].reshape(n * count, 3, side * side)
 
 
 def sliced_wasserstein(a, b, projections=256):
-    """Sliced Wasserstein distance of 7x7 patches at each size of a Laplacian pyramid, x 1000 (Karras et al. 2018, arXiv 1710.10196): {size: distance}.
+    """Return the sliced Wasserstein distance of 7x7 patches at each size of a Laplacian pyramid: {size: distance}.
 
-    Patches are normalised with mean and standard deviation of each channel in b, the real images. As many images in a as in b.
+    The distances are multiplied by 1000 (Karras et al. 2018, arXiv 1710.10196). Patches are normalised with mean and
+    standard deviation of each channel in b, the real images. There must be as many images in a as in b.
     """
     directions = F.normalize(torch.randn(3 * 49, projections, generator=torch.Generator().manual_seed(0)), dim=0)
     distances, a, b = {}, pyramid(a), pyramid(b)
@@ -77,13 +86,19 @@ def sliced_wasserstein(a, b, projections=256):
 
 
 def colour_wasserstein(a, b):
-    """Wasserstein-1 distance of a channel's levels, the mean of the three, in levels."""
-    cdf = lambda x: np.stack([np.bincount(x[..., c].astype(int).ravel(), minlength=16).cumsum() / x[..., c].size for c in range(3)])
+    """Return the Wasserstein-1 distance of the levels of a channel, in levels, averaged over the three channels."""
+    def cdf(x):
+        counts = [np.bincount(x[..., channel].astype(int).ravel(), minlength=16) for channel in range(3)]
+        return np.stack([count.cumsum() / x[..., 0].size for count in counts])
+
     return np.abs(cdf(a) - cdf(b)).sum(1).mean()
 
 
 def colour_divergence(a, b):
-    """Jensen-Shannon divergence of colours in 512 bins, 8 a channel, in bits: 0 if they are equal, 1 if they have nothing in common."""
+    """Return the Jensen-Shannon divergence of colours in 512 bins, 8 for each channel, in bits.
+
+    It is 0 for equal histograms and 1 for disjoint ones.
+    """
     histogram = lambda x: np.bincount((x.astype(int) // 2 @ [64, 8, 1]).ravel(), minlength=512) / x[..., 0].size
     entropy = lambda p: -(p[p > 0] * np.log2(p[p > 0])).sum()
     p, q = histogram(a), histogram(b)
@@ -91,60 +106,68 @@ def colour_divergence(a, b):
 
 
 def anisotropy(rgb):
-    """(|dx| - |dy|) / (|dx| + |dy|) of luminance: 0 if it varies as much across as down; horizontal streaks push it to -1."""
+    """Return (|dx| - |dy|) / (|dx| + |dy|) of luminance.
+
+    It is 0 if luminance varies as much across as down, and near -1 for horizontal streaks.
+    """
     y = luminance(rgb)
     dx, dy = np.abs(np.diff(y, axis=2)).mean(), np.abs(np.diff(y, axis=1)).mean()
     return (dx - dy) / (dx + dy)
 
 
 def equal_left(tokens):
-    """P(a token equals the one to its left)."""
+    """Return the probability that a token equals the one to its left."""
     return (tokens[:, :, 1:] == tokens[:, :, :-1]).mean()
 
 
 def equal_above(tokens):
-    """P(a token equals the one above)."""
+    """Return the probability that a token equals the one above."""
     return (tokens[:, 1:] == tokens[:, :-1]).mean()
 
 
 def autocorrelation(rgb, lags=(1, 2, 4, 8)):
-    """Correlation of luminance with itself so many pixels across and down: (2, len(lags))."""
+    """Return the autocorrelation of luminance at these lags, across and down: (2, len(lags))."""
     y = luminance(rgb)
     y = y - y.mean()
-    across, down = ([(y[:, :, lag:] * y[:, :, :-lag]).mean() for lag in lags], [(y[:, lag:] * y[:, :-lag]).mean() for lag in lags])
+    across = [(y[:, :, lag:] * y[:, :, :-lag]).mean() for lag in lags]
+    down = [(y[:, lag:] * y[:, :-lag]).mean() for lag in lags]
     return np.array((across, down)) / (y ** 2).mean()
 
 
-def layout(rgb):
-    """Mean colour of each row, (H, 3): sky above, land below."""
+def row_means(rgb):
+    """Return the mean colour of each row, (H, 3): sky above, land below."""
     return rgb.mean((0, 2))
 
 
 def power_spectrum(rgb):
-    """log10 of the mean power of luminance at the spatial frequencies 1 .. H / 2 - 1, under a Hann window."""
+    """Return log10 of the mean power of luminance at the spatial frequencies 1 .. H / 2 - 1, under a Hann window."""
     y = luminance(rgb)
+    y = y - y.mean((1, 2), keepdims=True)
     size = y.shape[1]
-    power = (np.abs(np.fft.fft2((y - y.mean((1, 2), keepdims=True)) * np.hanning(size) * np.hanning(size)[:, None])) ** 2).mean(0)
+    window = np.hanning(size)
+    power = (np.abs(np.fft.fft2(y * window * window[:, None])) ** 2).mean(0)
     frequency = np.fft.fftfreq(size, 1 / size)
     radius = np.hypot(frequency, frequency[:, None]).round()
     return np.log10([power[radius == r].mean() for r in range(1, size // 2)])
 
 
 def spectrum_slope(rgb):
-    """Of log power over log frequency; about -2 to -3 for photographs, 0 for noise."""
+    """Return the slope of log power over log frequency: about -2 to -3 for photographs, 0 for noise."""
     spectrum = power_spectrum(rgb)
     return np.polyfit(np.log10(np.arange(1, len(spectrum) + 1)), spectrum, 1)[0]
 
 
 @torch.inference_mode()
 def random_features(rgb, seed):
-    """Means and standard deviations of the maps of a small convolution network that nobody has trained: (n, H, W, 3) -> (n, 192).
+    """Return features of images (n, H, W, 3) from a small convolutional network with random weights: (n, 192).
 
-    Its orthogonal filters see edges and textures at three scales.
+    The features are means and standard deviations of its feature maps. Its orthogonal filters respond to edges and
+    textures at three scales.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        filters = [torch.nn.init.orthogonal_(torch.empty(32, channels, 3, 3), gain=2 ** 0.5) for channels in (3, 32, 32)]
+        filters = [torch.nn.init.orthogonal_(torch.empty(32, channels, 3, 3), gain=2 ** 0.5)
+                   for channels in (3, 32, 32)]
     out = []
     for x in torch.from_numpy(rgb).split(64):
         x, features = x.permute(0, 3, 1, 2) / 7.5 - 1, []
@@ -156,17 +179,18 @@ def random_features(rgb, seed):
 
 
 def frechet(a, b):
-    """Frechet distance of two sets of features (n, d), as if both were Gaussian."""
+    """Return the Frechet distance of two sets of features (n, d), as if both were Gaussian."""
     ca, cb = np.cov(a.T), np.cov(b.T)
     root = np.sqrt(np.linalg.eigvals(ca @ cb).real.clip(0)).sum()  # the trace of (ca cb) ** 0.5
     return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca) + np.trace(cb) - 2 * root
 
 
 def density_coverage(fake, real, k=5):
-    """Density and coverage (Naeem et al. 2020, arXiv 2002.09797) of points (n, d).
+    """Return density and coverage (Naeem et al. 2020, arXiv 2002.09797) of points (n, d).
 
-    How many real neighbourhoods (up to the k-th neighbour) a sample lies in, over k: fidelity; the share of real
-    neighbourhoods with a sample in them: diversity. Both about 1 for real sets.
+    Density, a measure of fidelity, is the mean number of real neighbourhoods (up to the k-th neighbour) that a sample
+    lies in, divided by k. Coverage, a measure of diversity, is the share of real neighbourhoods with a sample in them.
+    Both are about 1 for real sets.
     """
     fake, real = (torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)) for x in (fake, real))
     radius = torch.cdist(real, real).kthvalue(k + 1, dim=1).values  # the nearest is the point itself
@@ -175,26 +199,35 @@ def density_coverage(fake, real, k=5):
 
 
 def small(tokens):
-    """Images averaged down to 16x16, as points (n, 768)."""
-    parts = (torch.from_numpy(levels(part)).permute(0, 3, 1, 2) for part in np.array_split(tokens, -(-len(tokens) // 500)))
-    return torch.cat([F.adaptive_avg_pool2d(part, 16).flatten(1) for part in parts]).numpy()
+    """Return images averaged down to 16x16, as points (n, 768)."""
+    parts = np.array_split(tokens, -(-len(tokens) // 500))
+    images = (torch.from_numpy(levels(part)).permute(0, 3, 1, 2) for part in parts)
+    return torch.cat([F.adaptive_avg_pool2d(image, 16).flatten(1) for image in images]).numpy()
 
 
 def nearest(points, train):
-    """How far the closest training image is, mirrored or not, and which: points (n, 768) -> distances (n,), indices (n,), of twice len(train)."""
+    """Return distance (n,) and index (n,) of the training image that is closest to each of the points (n, 768).
+
+    Mirrored training images count too: their indices start at len(train).
+    """
     mirrored = train.reshape(-1, 3, 16, 16)[..., ::-1].reshape(len(train), -1)
-    distances, indices = torch.cdist(torch.from_numpy(points), torch.from_numpy(np.concatenate((train, mirrored)))).min(1)
+    candidates = torch.from_numpy(np.concatenate((train, mirrored)))
+    distances, indices = torch.cdist(torch.from_numpy(points), candidates).min(1)
     return distances.numpy(), indices.numpy()
 
 
 def compare(tokens, real, train_points, seeds=5):
-    """All measures of a set of images (n, H, W) against as many real ones -> {name: value}. train_points: small(training images)."""
+    """Return all measures of a set of images (n, H, W) against as many real ones: {name: value}.
+
+    train_points is small(training images).
+    """
     a, b = levels(tokens), levels(real)
     wasserstein = sliced_wasserstein(a, b)
     features = [(random_features(a, seed), random_features(b, seed)) for seed in range(seeds)]
     distances = [frechet(*pair) for pair in features]
     scale = features[0][1].std(0) + 1e-6
-    pixels, looks = density_coverage(small(tokens), small(real)), density_coverage(*(f / scale for f in features[0]))
+    density_pixels, coverage_pixels = density_coverage(small(tokens), small(real))
+    density_features, coverage_features = density_coverage(*(f / scale for f in features[0]))
     correlations = np.abs(autocorrelation(a) - autocorrelation(b)).mean(1)
     (near, _), (near_real, _) = (nearest(small(x), train_points) for x in (tokens, real))
     return {
@@ -207,13 +240,13 @@ def compare(tokens, real, train_points, seeds=5):
         'P(equal to the one above)': equal_above(tokens),
         'autocorrelation across, error': correlations[0],
         'autocorrelation down, error': correlations[1],
-        'mean colour of rows, error in levels': np.abs(layout(a) - layout(b)).mean(),
+        'mean colour of rows, error in levels': np.abs(row_means(a) - row_means(b)).mean(),
         'power spectrum, slope': spectrum_slope(a),
         'power spectrum, error in log10': np.abs(power_spectrum(a) - power_spectrum(b)).mean(),
-        'density, 16x16 pixels': pixels[0],
-        'coverage, 16x16 pixels': pixels[1],
-        'density, random features': looks[0],
-        'coverage, random features': looks[1],
+        'density, 16x16 pixels': density_pixels,
+        'coverage, 16x16 pixels': coverage_pixels,
+        'density, random features': density_features,
+        'coverage, random features': coverage_features,
         'Frechet distance, random features': np.mean(distances),
         '... standard deviation over seeds': np.std(distances),
         'distance to the training set, over that of real images': np.median(near) / np.median(near_real),
@@ -225,52 +258,57 @@ def compare(tokens, real, train_points, seeds=5):
 
 
 @torch.inference_mode()
-def bits(model, tokens, what):
-    """Bits per pixel of a model on images (n, H, W)."""
-    batches = torch.from_numpy(tokens.reshape(len(tokens), -1).astype(np.int64)).to(model.lm_head.weight.device).split(4)
-    return sum(model(batch).item() * len(batch) for batch in tqdm(batches, desc=what, leave=False)) / len(tokens) / math.log(2)
+def bits_per_pixel(model, tokens, what):
+    """Return the bits per pixel of a model on images (n, H, W)."""
+    images = torch.from_numpy(tokens.reshape(len(tokens), -1).astype(np.int64)).to(model.lm_head.weight.device)
+    nats = sum(model(batch).item() * len(batch) for batch in tqdm(images.split(4), desc=what, leave=False))
+    return nats / len(tokens) / math.log(2)
 
 
 def paint(model, real, options):
-    """As many images as there are in real, (n, H, W)."""
+    """Return samples of a model, as many as there are images in real, (n, H, W)."""
     n, height, width = real.shape
     prompts = np.zeros((n, 0)) if model.config.start_embedding else real[:, 0, :1]
     generator = torch.Generator().manual_seed(1)
-    with tqdm(total=n * (height * width - prompts.shape[1]), unit='px', unit_scale=True, desc='painting', leave=False) as bar:
-        return model.generate(prompts, generator=generator, progress=bar.update, **options).cpu().numpy().reshape(real.shape)
+    pixels = n * (height * width - prompts.shape[1])
+    with tqdm(total=pixels, unit='px', unit_scale=True, desc='painting', leave=False) as bar:
+        tokens = model.generate(prompts, generator=generator, progress=bar.update, **options)
+    return tokens.cpu().numpy().reshape(real.shape)
 
 
 def frequencies(train, real):
-    """Images of pixels that know nothing of each other -> images (n, H, W), and bits per pixel on them and on real ones."""
+    """Return images of independent pixels (n, H, W), and the bits per pixel of their model on them and on real ones."""
     p = np.bincount(train.ravel(), minlength=extras.VOCAB_SIZE) + 1.0
     p /= p.sum()
     tokens = np.random.default_rng(1).choice(len(p), size=real.shape, p=p)
     return tokens, *(-np.log2(p[x]).mean() for x in (tokens, real))
 
 
-def sampling(text):
-    """'temperature=0.9,top_p=0.95' -> options of GPT.generate."""
+def parse_sampling(text):
+    """Return options of GPT.generate from text such as 'temperature=0.9,top_p=0.95'."""
     options = dict(pair.split('=') for pair in text.split(',') if pair != 'plain')
     return {name: int(value) if name == 'top_k' else float(value) for name, value in options.items()}
 
 
-def pairs(tokens, train, path, count=8):
-    """Save the samples that are closest to a training image, above this one."""
+def save_closest_pairs(tokens, train, path, count=8):
+    """Save the samples that are closest to a training image, each above that image."""
     distances, indices = nearest(small(tokens), small(train))
     closest = np.argsort(distances)[:count]
-    theirs = [train[i % len(train)][:, ::-1 if i >= len(train) else 1] for i in indices[closest]]
-    extras.save_picture(extras.sheet([extras.to_image(image, scale=2) for image in (*tokens[closest], *theirs)], count), path)
+    neighbours = [train[i % len(train)][:, ::-1 if i >= len(train) else 1] for i in indices[closest]]
+    images = [extras.to_image(image, scale=2) for image in (*tokens[closest], *neighbours)]
+    extras.save_picture(extras.sheet(images, count), path)
 
 
 def plot(columns, iterations, path):
-    """What is seen over training and over bits per pixel of the validation images. iterations: {column: of its checkpoint}."""
+    """Plot measures over iterations and over bits per pixel on validation images. iterations: {column: iteration}."""
     import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
-    distance, bits_per_pixel = 'sliced Wasserstein distance, mean', 'bits per pixel, validation'
-    value = {**{measure: [columns[name][measure] for name in iterations] for measure in (distance, 'anisotropy', bits_per_pixel)}, 'iteration': list(iterations.values())}
+    distance, bits = 'sliced Wasserstein distance, mean', 'bits per pixel, validation'
+    value = {measure: [columns[name][measure] for name in iterations] for measure in (distance, 'anisotropy', bits)}
+    value['iteration'] = list(iterations.values())
     figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout='constrained')
-    for ax, x, y in zip(axes, ('iteration', bits_per_pixel, bits_per_pixel), (distance, distance, 'anisotropy')):
+    for ax, x, y in zip(axes, ('iteration', bits, bits), (distance, distance, 'anisotropy')):
         ax.plot(value[x], value[y], 'o-')
         for iteration, *at in zip(value['iteration'], value[x], value[y]) if x != 'iteration' else ():
             ax.annotate(iteration, at, textcoords='offset points', xytext=(4, 6), fontsize=8)
@@ -288,49 +326,65 @@ def plot(columns, iterations, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument('--ckpt', nargs='+', required=True, help="checkpoints, or 'frequencies'")
     parser.add_argument('--data', default='data/photos')
     parser.add_argument('--num_samples', type=int, default=1000)
-    parser.add_argument('--sampling', nargs='+', default=['plain'], help="options of the sampler, as in temperature=0.9,top_p=0.95; 'plain' for none")
+    parser.add_argument('--sampling', nargs='+', default=['plain'],
+                        help="options of the sampler, as in temperature=0.9,top_p=0.95; 'plain' for none")
     parser.add_argument('--out', type=Path, default=ROOT / 'out' / 'quality')
     args = parser.parse_args()
     began = time.time()
     device = extras.pick_device('auto')
     meta = extras.load_meta(args.data)
-    train, val = (extras.load_tokens(args.data, split, meta).reshape(-1, meta['height'], meta['width']) for split in ('train', 'val'))
+    train, val = (extras.load_tokens(args.data, split, meta).reshape(-1, meta['height'], meta['width'])
+                  for split in ('train', 'val'))
     n, rng = min(args.num_samples, len(val), len(train)), np.random.default_rng(0)
     real, floor = rng.permutation(val)[:n], rng.permutation(len(train))[:n]
     points = small(train)
     left_out = np.delete(points, floor, axis=0)  # the floor is no copy of what it is compared with
     args.out.mkdir(parents=True, exist_ok=True)
-    columns = {'validation': {'anisotropy': anisotropy(levels(real)), 'P(equal to the left)': equal_left(real), 'P(equal to the one above)': equal_above(real),
-                              'power spectrum, slope': spectrum_slope(levels(real))},
-               'floor': compare(train[floor], real, left_out)}
+    validation = {
+        'anisotropy': anisotropy(levels(real)),
+        'P(equal to the left)': equal_left(real),
+        'P(equal to the one above)': equal_above(real),
+        'power spectrum, slope': spectrum_slope(levels(real)),
+    }
+    columns = {'validation': validation, 'floor': compare(train[floor], real, left_out)}
     iterations, rows = {}, []
     for path in args.ckpt:
         if path == 'frequencies':
-            tokens, own, theirs = frequencies(train, real)
-            columns[path] = {**compare(tokens, real, points), 'bits per pixel, validation': theirs, 'bits per pixel, its samples': own}
+            tokens, on_samples, on_real = frequencies(train, real)
+            columns[path] = {
+                **compare(tokens, real, points),
+                'bits per pixel, validation': on_real,
+                'bits per pixel, its samples': on_samples,
+            }
             continue
         checkpoint = extras.load_checkpoint(path, device)
         model = extras.build_model(checkpoint, path, device)
-        on_real = bits(model, real, 'validation')
+        on_real = bits_per_pixel(model, real, 'validation')
         for text in args.sampling:
             model_name = path if len({Path(p).stem for p in args.ckpt}) < len(args.ckpt) else Path(path).stem
             name = model_name if text == 'plain' else f'{model_name} {text}' if len(args.ckpt) > 1 else text
-            tokens = paint(model, real, sampling(text))
-            columns[name] = {**compare(tokens, real, points), 'bits per pixel, validation': on_real, 'bits per pixel, its samples': bits(model, tokens, 'samples')}
+            tokens = paint(model, real, parse_sampling(text))
+            columns[name] = {
+                **compare(tokens, real, points),
+                'bits per pixel, validation': on_real,
+                'bits per pixel, its samples': bits_per_pixel(model, tokens, 'samples'),
+            }
             iterations[name] = checkpoint.get('iter_num', 0)
             print(f'{name} after {(time.time() - began) / 60:.0f} min', file=sys.stderr)
-            pairs(tokens, train, args.out / 'pairs.png')
+            save_closest_pairs(tokens, train, args.out / 'pairs.png')
             rows += [extras.to_image(image) for image in tokens[:9]]
     if len(set(iterations.values())) > 1:
         plot(columns, iterations, args.out / 'run.png')
         extras.save_picture(extras.sheet(rows, 9), args.out / 'training.png')
-    print(f'{n} images in each set\n\n| measure | {" | ".join(columns)} |\n|---|{"---|" * len(columns)}')
+    print(f'{n} images in each set\n')
+    print(table_head('measure', *columns))
     for measure in list(columns.values())[-1]:
-        print(f'| {measure} | ' + ' | '.join(f'{column[measure]:.3g}' if measure in column else '' for column in columns.values()) + ' |')
+        cells = (f'{column[measure]:.3g}' if measure in column else '' for column in columns.values())
+        print(table_row(measure, *cells))
 
 
 if __name__ == '__main__':

@@ -1,40 +1,41 @@
-"""How fast the sampler paints, beside the plain loop and beside what the memory allows.
+"""Measure how fast the sampler paints, beside the plain loop and beside what the memory allows.
 
     python bench/sampling.py                              # the shipped checkpoint
     python bench/sampling.py --ckpt out/mine/ckpt6000.pt  # another one
     python bench/sampling.py --profile                    # where the time of a wave goes
-    python bench/sampling.py --check 8                    # eight images pixel by pixel the plain way: a minute a setting on a GPU
+    python bench/sampling.py --check 8                    # compare eight images: a minute a setting on a GPU
 
-The plain loop runs the whole image so far through the whole model for every pixel. It is timed at ten lengths, a parabola is laid
-through them and summed over all lengths. The limit is what reading takes: all weights once a wave, and the keys and values that
-its pixels look at, at the speed at which this machine sums up as many bytes that it has just read before. One image is the mean
-of ten, with their spread. All in one run; leave the machine idle.
+The plain loop runs the whole image so far through the whole model for every pixel. It is timed at ten lengths; a
+parabola is fitted to the times and summed over all lengths. The limit is the time of the memory reads: all weights
+once a wave, and the keys and values that its pixels attend to, at the bandwidth with which this machine sums up as
+many bytes that it has just read before. One image is the mean of ten, with their spread. All is measured in one run;
+leave the machine idle.
 """
-import argparse
-import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import extras  # noqa: E402
-import sample  # noqa: E402
+from common import ROOT, argument_parser, device_name, run_script, table_head, table_row
+import extras
+import sample
+
+COLUMNS = ('batch', 's an image', 'spread', 'pixels/s', 'plain loop, s an image', 'times faster', 'waves', 'us a wave',
+           'limit, s an image', 'share of it', 'GB/s')
 
 
 def clock(device):
-    """Seconds, when all that has been asked of the device is done."""
+    """Wait for the device to finish its work. Return the time in seconds."""
     if device != 'cpu':
         torch.accelerator.synchronize()
     return time.perf_counter()
 
 
 def best_of(times, function, device):
+    """Call a function several times. Return the seconds of the fastest call."""
     seconds = []
     for _ in range(times):
         began = clock(device)
@@ -44,13 +45,14 @@ def best_of(times, function, device):
 
 
 def one_pixel(model, images):
+    """Return the logits of the next pixel from all earlier ones, without a cache."""
     x, weight = model.features(images)
     return x[:, -1] @ weight.t()
 
 
 @torch.inference_mode()
 def plain_loop(model, batch, device):
-    """Seconds that the plain loop takes for a batch, from its time at ten lengths."""
+    """Return the seconds that the plain loop takes for a batch, from a parabola through ten lengths."""
     N = model.config.tokens_per_image
     lengths = np.unique(np.linspace(2, N, 10).astype(int))
     seconds = []
@@ -61,8 +63,8 @@ def plain_loop(model, batch, device):
     return np.polyval(parabola, np.arange(1, N + 1)).clip(min(seconds)).sum()
 
 
-def painted(model, batch, device, seed):
-    """-> seconds that painting a batch takes."""
+def sampling_seconds(model, batch, device, seed):
+    """Return the seconds that the sampler takes for a batch."""
     prompt = torch.full((batch, int(not model.config.start_embedding)), 0xFEC, device=device)
     began = clock(device)
     model.generate(prompt, generator=torch.Generator().manual_seed(seed))
@@ -70,27 +72,31 @@ def painted(model, batch, device, seed):
 
 
 @torch.inference_mode()
-def limit(model, batch, device):
-    """-> (waves of an image, seconds that reading takes for so many images side by side, bandwidth in bytes/s)."""
-    decoder = sample.Decoder(model, torch.zeros(1, model.config.tokens_per_image, dtype=torch.long, device=device), 0)
+def memory_limit(model, batch, device):
+    """Return the waves of an image, the least seconds for the reads of a batch, and the bandwidth in bytes/s."""
+    N = model.config.tokens_per_image
+    decoder = sample.Decoder(model, torch.zeros(1, N, dtype=torch.long, device=device), 0)
     waves, weights = len(decoder.waves(0)), model.num_params()
-    cache = batch * model.config.n_embd * sum(kv.size(3) for kv in decoder.cache)  # a pixel: on average, half of the keys and values of a lane stand already
+    # for each pixel: on average, half of the keys and values of a lane are in the cache
+    cache = batch * model.config.n_embd * sum(kv.size(3) for kv in decoder.cache)
     buffer = torch.ones(weights + cache, dtype=model.lm_head.weight.dtype, device=device)
     buffer.sum()
     bandwidth = buffer.numel() * buffer.element_size() / best_of(20, buffer.sum, device)
-    return waves, (waves * weights + model.config.tokens_per_image * cache) * buffer.element_size() / bandwidth, bandwidth
+    seconds = (waves * weights + N * cache) * buffer.element_size() / bandwidth
+    return waves, seconds, bandwidth
 
 
 def first_picture(ckpt):
-    """Seconds from pressing enter to one finished picture of sample.py."""
+    """Return the seconds from the start of sample.py to its first finished picture."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / 'sample.py'), '--ckpt', ckpt, '--num_samples', '1', '--first_pixel', 'FEC', '--out', f'{folder}/a.png']
-        return best_of(3, lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), 'cpu')
+        options = ['--ckpt', ckpt, '--num_samples', 1, '--first_pixel', 'FEC', '--out', f'{folder}/a.png']
+        return best_of(3, lambda: run_script('sample.py', *options, quiet=True), 'cpu')
 
 
 def profile(model, device):
-    """What a wave in the middle of an image is made of."""
-    image, seeds = torch.zeros(1, model.config.tokens_per_image, dtype=torch.long, device=device), torch.zeros(1, dtype=torch.long, device=device)
+    """Print the operations of a wave in the middle of an image, and their times."""
+    image = torch.zeros(1, model.config.tokens_per_image, dtype=torch.long, device=device)
+    seeds = torch.zeros(1, dtype=torch.long, device=device)
     draw = lambda logits, noise: sample.sample(sample.filter_logits(logits), noise)
     with sample.inference_settings(model):
         waves = sample.wave_loop(model, image, seeds, draw, int(not model.config.start_embedding))
@@ -99,30 +105,42 @@ def profile(model, device):
         with torch.profiler.profile() as profiler:
             for _ in range(200):
                 next(waves)
-    print('| operation | calls a wave | us a wave |\n|---|---|---|')
+    print(table_head('operation', 'calls a wave', 'us a wave'))
     for e in sorted(profiler.key_averages(), key=lambda e: -e.self_cpu_time_total):
         if e.count >= 200 and e.self_cpu_time_total > 1000:
-            print(f'| {e.key.removeprefix("aten::")} | {e.count / 200:.0f} | {e.self_cpu_time_total / 200:.0f} |')
+            name = e.key.removeprefix('aten::')
+            print(table_row(name, f'{e.count / 200:.0f}', f'{e.self_cpu_time_total / 200:.0f}'))
 
 
 def check(model, count, device):
-    """Whole images by the plain loop beside the sampler's, side by side and the first one alone: how many pixels differ."""
+    """Print in how many pixels the sampler's images differ from the plain loop's, together and the first one alone."""
     N, starts = model.config.tokens_per_image, int(not model.config.start_embedding)
     real = model.generate(torch.full((count, starts), 0xFEC), generator=torch.Generator().manual_seed(1))
-    print('| options | given pixels | drawn | differ | of the first one alone |\n|---|---|---|---|---|')
-    for given, options in ((1, {}), (starts, dict(top_k=50, temperature=0.9)), (N // 2 + 17, dict(top_p=0.95)), (3 * N // 4 + 5, dict(temperature=0))):
-        paint = lambda prompts, **more: model.generate(prompts, generator=torch.Generator().manual_seed(5), **options, **more)
-        plain, waves, alone = paint(real[:, :given], use_cache=False), paint(real[:, :given]), paint(real[:1, :given])
-        print(f'| {options} | {given} | {count * (N - given)} | {(plain != waves).sum()} | {(plain[:1] != alone).sum()} |', flush=True)
+    settings = [
+        (1, dict()),
+        (starts, dict(top_k=50, temperature=0.9)),
+        (N // 2 + 17, dict(top_p=0.95)),
+        (3 * N // 4 + 5, dict(temperature=0)),
+    ]
+    print(table_head('options', 'given pixels', 'drawn', 'differ', 'of the first one alone'))
+    for given, options in settings:
+        def generate(prompts, **more):
+            return model.generate(prompts, generator=torch.Generator().manual_seed(5), **options, **more)
+
+        plain = generate(real[:, :given], use_cache=False)
+        waves, alone = generate(real[:, :given]), generate(real[:1, :given])
+        differ, differ_alone = (plain != waves).sum().item(), (plain[:1] != alone).sum().item()
+        print(table_row(options, given, count * (N - given), differ, differ_alone), flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument('--ckpt', default=str(ROOT / 'out' / 'ckpt6000.pt'))
     parser.add_argument('--batch', type=int, nargs='*', help='batch sizes (1 8 32, on a GPU 1 32 256 1024)')
     parser.add_argument('--device', default='auto')
     parser.add_argument('--eager', action='store_true', help='on a GPU: wave by wave, without graphs')
-    parser.add_argument('--check', type=int, metavar='N', help='paint N images the plain way, too, and compare, instead')
+    parser.add_argument('--check', type=int, metavar='N',
+                        help='paint N images the plain way, too, and compare, instead')
     parser.add_argument('--profile', action='store_true', help='take one wave apart instead')
     args = parser.parse_args()
     device = extras.pick_device(args.device)
@@ -133,24 +151,29 @@ def main():
         return profile(model, device)
     if args.check:
         return check(model, args.check, device)
-    start_up = first_picture(args.ckpt) if device == 'cpu' else None
-    cores = f'{torch.get_num_threads()} threads' if device == 'cpu' else torch.cuda.get_device_name(device)
-    print(f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {model.config.tokens_per_image} pixels, {device}, {cores}, torch {torch.__version__}\n')
-    print('| batch | s an image | spread | pixels/s | plain loop, s an image | times faster | waves | us a wave | limit, s an image | share of it | GB/s |')
-    print('|---|---|---|---|---|---|---|---|---|---|---|')
-    model.generate(torch.full((1, 1), 0xFEC), 40)  # libraries set themselves up
+    first = first_picture(args.ckpt) if device == 'cpu' else None
+    N = model.config.tokens_per_image
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f'{parameters:.2f}M parameters, {N} pixels, {device}, {device_name(device)}, torch {torch.__version__}\n')
+    print(table_head(*COLUMNS))
+    model.generate(torch.full((1, 1), 0xFEC), 40)  # warm-up of the libraries
     for batch in tqdm(args.batch or ([1, 8, 32] if device == 'cpu' else [1, 32, 256, 1024]), leave=False):
-        all_seconds = [painted(model, batch, device, seed) for seed in range(10 if batch == 1 else 2)]
+        all_seconds = [sampling_seconds(model, batch, device, seed) for seed in range(10 if batch == 1 else 2)]
         seconds, spread = np.mean(all_seconds), (max(all_seconds) - min(all_seconds)) / np.mean(all_seconds)
         together = min(batch, sample.images_at_once(model))
         plain = plain_loop(model, together, device) * batch / together
-        waves, least, bandwidth = limit(model, together, device)
+        waves, least, bandwidth = memory_limit(model, together, device)
         least *= batch / together
-        tqdm.write(f'| {batch} | {seconds / batch:.3g} | {spread:.0%} | {batch * model.config.tokens_per_image / seconds:,.0f} | {plain / batch:.3g} | {plain / seconds:.0f} | '
-                   f'{waves} | {seconds / waves / batch * together * 1e6:.0f} | {least / batch:.2g} | {least / seconds:.0%} | {bandwidth / 1e9:.0f} |', file=sys.stdout)
-        if batch == 1 and start_up:
-            tqdm.write(f'\nsample.py writes its first picture {start_up:.1f} s after enter, {start_up - seconds:.1f} s of them start-up; '
-                       f'with that, the plain loop takes {(plain + start_up - seconds) / start_up:.0f} times as long.\n', file=sys.stdout)
+        cells = [batch, f'{seconds / batch:.3g}', f'{spread:.0%}', f'{batch * N / seconds:,.0f}',
+                 f'{plain / batch:.3g}', f'{plain / seconds:.0f}',
+                 waves, f'{seconds / waves / batch * together * 1e6:.0f}',
+                 f'{least / batch:.2g}', f'{least / seconds:.0%}', f'{bandwidth / 1e9:.0f}']
+        tqdm.write(table_row(*cells), file=sys.stdout)
+        if batch == 1 and first:
+            start_up = first - seconds
+            times = (plain + start_up) / first
+            tqdm.write(f'\nsample.py writes its first picture {first:.1f} s after enter, {start_up:.1f} s of them '
+                       f'start-up; with that, the plain loop takes {times:.0f} times as long.\n', file=sys.stdout)
 
 
 if __name__ == '__main__':

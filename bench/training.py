@@ -1,50 +1,52 @@
-"""A training step of the recommended model beside one of nanoGPT's: time and memory, at the same shape.
+"""Compare a training step of the recommended model with one of nanoGPT's: time and memory, both at 64x64.
 
-    python bench/training.py                         # 64x64, batches of 1 and 4; on a GPU 8, 32 and 128, compiled and not
+    python bench/training.py                         # batches of 1 and 4; on a GPU 8, 32 and 128, compiled and not
     python bench/training.py --dtype float32
     python bench/training.py --batch 32 --profile    # on a GPU: where the time of a step goes
     python bench/training.py --config config/landscape_gpu.py --batch 32 --compile yes
 
-nanoGPT's is model.py with every switch off and its loss the usual way, logits and all, nothing computed twice, with AdamW. Both make steps on random pixels, in turn, and the median
-counts; the peak is the memory of a process that has made a few steps of one model (on a GPU, the GPU's). All switches and
-the recommended optimizers are those of config/landscape.py, or of --config. The model FLOPs are those of all products of a step, forward and
-backward, as torch counts them (attention as if nothing were masked); utilisation is their share of the 989 TFLOP/s that an H100
-or H200 makes of bfloat16 at most. Leave the machine idle.
+nanoGPT's model is model.py with every switch off, the usual loss with all logits in memory, no recomputation, and
+AdamW. The switches and the optimizers of the recommended model are those of config/landscape.py, or of --config. Both
+make steps on random pixels, in turn, and the median counts; the peak is the memory of a process that has made a few
+steps of one model (on a GPU, the GPU's). The model FLOPs are those of all matrix products of a step, forward and
+backward, as torch counts them (attention without the mask); utilisation is their share of the 989 TFLOP/s that an
+H100 or H200 reaches in bfloat16 at most. Leave the machine idle.
 """
 import argparse
 import contextlib
 import resource
 import statistics
 import subprocess
-import sys
 import time
 from dataclasses import fields
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import extras  # noqa: E402
-import model as model_module  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
-from train import TrainConfig  # noqa: E402
+from common import ROOT, argument_parser, command, device_name, table_head, table_row
+import extras
+import model as model_module
+from model import GPT, GPTConfig
+from train import TrainConfig
 
-
+# what becomes of activations: they are kept, as in nanoGPT, or computed again in the backward pass
 KEEP, RECOMPUTE = (lambda function, x: function(x)), model_module.checkpointed
 NAMES = 'nanoGPT', 'recommended'
 PEAK_FLOPS = {'NVIDIA H100': 989e12, 'NVIDIA H200': 989e12}  # bfloat16, dense, by the datasheet
+COLUMNS = ('model', 'parameters', 'batch', 'compiled', 'ms a step', 'ms an image', 'images/s', 'tokens/s', 'peak MB',
+           'TFLOP/s', 'utilisation')
 
 
 def stepper(which, recommended, batch, dtype, device, compiled):
-    """-> (a function that makes a training step, the number of parameters, FLOPs of a step)."""
-    config = extras.load_config(TrainConfig, [recommended if which == 'recommended' else str(ROOT / 'config' / 'seed.py')])
+    """Return a function that makes a training step, the number of parameters, and the FLOPs of a step."""
+    path = recommended if which == 'recommended' else str(ROOT / 'config' / 'seed.py')
+    config = extras.load_config(TrainConfig, [path])
     autocast = torch.autocast(device.split(':')[0], dtype) if dtype != torch.float32 else contextlib.nullcontext()
-    model = GPT(GPTConfig(**{f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)},
-                          block_size=4096 - (not config.start_embedding))).to(device)
-    optimizers = model.configure_optimizers(config.weight_decay, config.learning_rate, (config.beta1, config.beta2), config.muon_lr)
+    model_args = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)}
+    model = GPT(GPTConfig(**model_args, block_size=4096 - (not config.start_embedding))).to(device)
+    betas = config.beta1, config.beta2
+    optimizers = model.configure_optimizers(config.weight_decay, config.learning_rate, betas, config.muon_lr)
 
     def nanogpts_loss(tokens):
         logits = model.logits(tokens)
@@ -59,7 +61,7 @@ def stepper(which, recommended, batch, dtype, device, compiled):
         loss_of = torch.compile(loss_of, dynamic=False)
 
     def step():
-        model_module.checkpointed = RECOMPUTE if which == 'recommended' else KEEP  # nanoGPT keeps all that it computes
+        model_module.checkpointed = RECOMPUTE if which == 'recommended' else KEEP
         tokens = torch.randint(4096, (batch, 4096), device=device)
         with autocast:
             loss = loss_of(tokens)
@@ -72,7 +74,7 @@ def stepper(which, recommended, batch, dtype, device, compiled):
 
 
 def seconds_of(step, steps, device):
-    """Seconds a step of so many one after the other; on a GPU they queue up, as in training."""
+    """Return the mean seconds of a step when several follow each other; on a GPU they queue up, as in training."""
     began = time.perf_counter()
     for _ in range(steps):
         step()
@@ -82,25 +84,33 @@ def seconds_of(step, steps, device):
 
 
 def peak_memory(which, recommended, batch, dtype, device):
-    """Print the peak in MB of a process that makes three steps."""
+    """Make three steps, and print the peak memory of this process in MB."""
     step, *_ = stepper(which, recommended, batch, dtype, device, False)
     for _ in range(3):
         step()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
 
 
+def process_peak(which, batch, args):
+    """Return the peak memory in MB of a new process that makes three steps."""
+    options = ['--config', args.config, '--peak', which, batch, '--dtype', args.dtype, '--device', args.device]
+    process = subprocess.run(command('bench/training.py', *options), check=True, stdout=subprocess.PIPE, text=True)
+    return float(process.stdout)
+
+
 def profile(step):
-    """Where the time of a step goes on a GPU, kernel by kernel."""
+    """Print the time of each kernel of a step on a GPU."""
     with torch.profiler.profile() as profiler:
         seconds_of(step, 5, 'cuda')
     print(profiler.key_averages().table(sort_by='self_cuda_time_total', row_limit=25, max_name_column_width=80))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument('--batch', type=int, nargs='*', help='batch sizes (1 4, on a GPU 8 32 128)')
     parser.add_argument('--models', nargs='*', default=NAMES, choices=NAMES)
-    parser.add_argument('--config', default=str(ROOT / 'config' / 'landscape.py'), help='of the recommended model (config/landscape.py)')
+    parser.add_argument('--config', default=str(ROOT / 'config' / 'landscape.py'),
+                        help='of the recommended model (config/landscape.py)')
     parser.add_argument('--dtype', default='auto')
     parser.add_argument('--device', default='auto')
     parser.add_argument('--compile', choices=('yes', 'no', 'both'), help='(both on a GPU, else no)')
@@ -114,16 +124,17 @@ def main():
         return peak_memory(args.peak[0], args.config, int(args.peak[1]), dtype, device)
     torch.set_float32_matmul_precision('high')  # as in train.py
     cuda = device.startswith('cuda')
-    card = torch.cuda.get_device_name(device) if cuda else f'{torch.get_num_threads()} threads'
-    peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if card.startswith(name)), None)
+    hardware = device_name(device)
+    peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if hardware.startswith(name)), None)
     batches = args.batch or ([8, 32, 128] if cuda else [1, 4])
-    print(f'{device}, {card}, torch {torch.__version__}, {str(dtype).removeprefix("torch.")}\n')
-    print('| model | parameters | batch | compiled | ms a step | ms an image | images/s | tokens/s | peak MB | TFLOP/s | utilisation |\n|---|---|---|---|---|---|---|---|---|---|---|')
-    # first of all: a child process inherits the peak of its parent
-    peaks = {} if cuda else {(which, batch): float(subprocess.run([sys.executable, __file__, '--config', args.config, '--peak', which, str(batch), '--dtype', args.dtype, '--device', args.device],
-                                                                  check=True, stdout=subprocess.PIPE, text=True).stdout) for batch in batches for which in args.models}
+    choices = {'yes': (True,), 'no': (False,), 'both': (True, False)}[args.compile or ('both' if cuda else 'no')]
+    print(f'{device}, {hardware}, torch {torch.__version__}, {str(dtype).removeprefix("torch.")}\n')
+    print(table_head(*COLUMNS))
+    peaks = {}
+    if not cuda:  # before anything else: a child process inherits the peak of its parent
+        peaks = {(which, batch): process_peak(which, batch, args) for batch in batches for which in args.models}
     for batch in batches:
-        for compiled in {'yes': (True,), 'no': (False,), 'both': (True, False)}[args.compile or ('both' if cuda else 'no')]:
+        for compiled in choices:
             steppers = [stepper(which, args.config, batch, dtype, device, compiled) for which in args.models]
             for which, (step, *_) in zip(args.models, steppers):
                 if cuda:
@@ -133,12 +144,16 @@ def main():
                     peaks[which, batch] = torch.cuda.max_memory_allocated() / 1e6
             if args.profile:
                 profile(steppers[-1][0])
-            seconds = [[seconds_of(step, 10 if cuda else 1, device) for step, *_ in steppers] for _ in range(args.steps)]
-            for which, (_, parameters, flops), mine in zip(args.models, steppers, zip(*seconds)):
-                took = statistics.median(mine)
-                share = f'{flops / took / peak_flops:.1%}' if peak_flops else ''
-                print(f'| {which} | {parameters / 1e6:.2f}M | {batch} | {"yes" if compiled else "no"} | {took * 1e3:.1f} | {took / batch * 1e3:.3g} | {batch / took:,.3g} | {4096 * batch / took:,.0f} | '
-                      f'{peaks[which, batch]:,.0f} | {flops / took / 1e12:.3g} | {share} |', flush=True)
+            seconds = [[seconds_of(step, 10 if cuda else 1, device) for step, *_ in steppers]
+                       for _ in range(args.steps)]
+            for which, (_, parameters, flops), timings in zip(args.models, steppers, zip(*seconds)):
+                median = statistics.median(timings)
+                utilisation = f'{flops / median / peak_flops:.1%}' if peak_flops else ''
+                cells = [which, f'{parameters / 1e6:.2f}M', batch, 'yes' if compiled else 'no',
+                         f'{median * 1e3:.1f}', f'{median / batch * 1e3:.3g}',
+                         f'{batch / median:,.3g}', f'{4096 * batch / median:,.0f}',
+                         f'{peaks[which, batch]:,.0f}', f'{flops / median / 1e12:.3g}', utilisation]
+                print(table_row(*cells), flush=True)
             del steppers, step
 
 

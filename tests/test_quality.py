@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, call
 
-sys.path.insert(0, str(ROOT / 'bench'))
+sys.path.append(str(ROOT / 'bench'))
 import quality  # noqa: E402
 
 SWD, COLOUR, CORRELATION = 'sliced Wasserstein distance, mean', 'colour: Jensen-Shannon, bits', 'autocorrelation across, error'
