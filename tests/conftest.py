@@ -1,7 +1,8 @@
-"""Real processes on real files: what a user types is what is tested. One thread a process, so that runs are repeatable."""
+"""Real processes on real files: what a user types is what is tested. Each runs on one thread, so it repeats exactly."""
 import multiprocessing
 import os
 import runpy
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -11,9 +12,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared'  # photographs, where there are any
 sys.path.insert(0, str(ROOT))
-os.environ['OMP_NUM_THREADS'] = '1'  # before torch is imported: two test processes with two threads each stand in each other's way
+# before torch is imported: test processes of two threads each get in each other's way
+os.environ['OMP_NUM_THREADS'] = '1'
 os.environ['HF_HUB_OFFLINE'] = '1'
 ENV = {**os.environ, 'PYTHONPATH': ''}
+# for subprocess: what a command prints, standard output and error together
+PIPED = dict(env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 # importing torch takes seconds: it is done once, in a server that forks a process for each script
 WARM = multiprocessing.get_context('forkserver')
 WARM.set_forkserver_preload(['conftest', 'prepare', 'train', 'sample', 'torch._dynamo'])
@@ -22,11 +26,18 @@ os.environ['PYTHONPATH'] = os.pathsep.join([str(ROOT), str(ROOT / 'tests')])  # 
 TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--learning_rate=3e-3', '--warmup_iters=5', '--batch_size=8',
         '--log_interval=5', '--num_samples=2', '--device=cpu', '--dtype=float32']
 # what the recommended config switches on
-FLAT = ['--row_column_positions=True', '--neighbours=12', '--factorised_colours=True', '--relative_colours=True', '--attention=local column', '--alibi=True', '--muon_lr=0.02']
+RECOMMENDED = ['--row_column_positions=True', '--neighbours=12', '--factorised_colours=True', '--relative_colours=True',
+               '--attention=local column', '--alibi=True', '--muon_lr=0.02']
 
 
 def command(script, *args):
     return [sys.executable, str(ROOT / script), *map(str, args)]
+
+
+def torchrun(*args):
+    """train.py in two processes."""
+    launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    return [*launcher, str(ROOT / 'train.py'), *map(str, args)]
 
 
 def run_script(script, args, output, cwd):
@@ -40,9 +51,10 @@ def run_script(script, args, output, cwd):
 
 
 def call(script, *args, code=0, cwd='.'):
-    """Run a script to its end -> what it printed, standard output and error together; its exit code must be the given one."""
+    """Run a script to its end and check its exit code -> what it printed, standard output and error together."""
+    script, args = str(ROOT / script), [str(a) for a in args]
     with tempfile.NamedTemporaryFile('r') as output:
-        process = WARM.Process(target=run_script, args=(str(ROOT / script), [str(a) for a in args], output.name, str(cwd)))
+        process = WARM.Process(target=run_script, args=(script, args, output.name, str(cwd)))
         process.start()
         process.join(240)
         process.kill()
@@ -63,5 +75,6 @@ def data(tmp_path_factory):
 def trained(data, tmp_path_factory):
     """A run of 20 iterations, with checkpoints at 10 and 20."""
     folder = tmp_path_factory.mktemp('runs') / 'trained'
-    call('train.py', *TINY, f'--data_dir={data}', f'--out_dir={folder}', '--max_iters=20', '--eval_interval=10', '--average=0.2')
+    args = [*TINY, '--max_iters=20', '--eval_interval=10', '--average=0.2']
+    call('train.py', *args, f'--data_dir={data}', f'--out_dir={folder}')
     return folder

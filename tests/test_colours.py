@@ -9,18 +9,20 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
 import extras
-from conftest import SHARED
+from helpers import PHOTOS, needs_photos
 
 
 def test_every_colour_survives_the_round_trip():
     tokens = np.arange(4096, dtype=np.uint16).reshape(64, 64)
-    assert (extras.pack_rgb(extras.unpack_rgb(tokens)) == tokens).all()
-    assert extras.unpack_rgb(tokens).dtype == np.uint8 and extras.pack_rgb(extras.unpack_rgb(tokens)).dtype == np.uint16
+    rgb = extras.unpack_rgb(tokens)
+    assert (extras.pack_rgb(rgb) == tokens).all()
+    assert rgb.dtype == np.uint8 and extras.pack_rgb(rgb).dtype == np.uint16
 
 
 def test_packing_keeps_the_red_channel():
     # in NumPy 2 np.uint8(255) << 8 is 0: packed without widening, every picture loses its red
-    assert extras.pack_rgb(np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 239, 207]], np.uint8)).tolist() == [0xF00, 0x0F0, 0x00F, 0xFEC]
+    rgb = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 239, 207]], np.uint8)
+    assert extras.pack_rgb(rgb).tolist() == [0xF00, 0x0F0, 0x00F, 0xFEC]
     assert extras.unpack_rgb(0xFEC).tolist() == [255, 238, 204]
 
 
@@ -33,7 +35,10 @@ def test_all_levels_of_a_channel_fall_into_sixteen():
         assert np.abs(extras.unpack_rgb(extras.pack_rgb(rgb))[:, channel].astype(int) - ramp).max() <= 15
 
 
-@pytest.mark.parametrize('text, token', [('FEC', 0xFEC), ('fec', 0xFEC), ('0xFEC', 0xFEC), ('000', 0), ('#f0e0c0', 0xFEC), ('#fff', 0xFFF), ('skyblue', 0x8CE), ('rgb(300, 0, 0)', 0xF00)])
+@pytest.mark.parametrize('text, token', [
+    ('FEC', 0xFEC), ('fec', 0xFEC), ('0xFEC', 0xFEC), ('000', 0), ('#f0e0c0', 0xFEC), ('#fff', 0xFFF),
+    ('skyblue', 0x8CE), ('rgb(300, 0, 0)', 0xF00),
+])
 def test_first_pixel_forms(text, token):
     assert extras.parse_pixel(text) == token
 
@@ -46,11 +51,14 @@ def test_first_pixel_mistakes(text):
 
 @pytest.mark.parametrize('ending', ['bmp', 'png', 'tiff', 'webp'])
 def test_saved_pictures_hold_the_tokens(tmp_path, ending):
-    tokens = torch.arange(4096).reshape(1, 4096)
+    tokens = torch.arange(4096).reshape(64, 64)
     path = str(tmp_path / f'new folder/picture.{ending}')
-    extras.save_bmp(tokens.reshape(64, 64), path) if ending != 'webp' else extras.save_picture(extras.to_image(tokens.reshape(64, 64)), path, lossless=True)
+    if ending == 'webp':
+        extras.save_picture(extras.to_image(tokens), path, lossless=True)
+    else:
+        extras.save_bmp(tokens, path)
     with Image.open(path) as image:
-        assert (extras.pack_rgb(np.asarray(image.convert('RGB'))) == tokens.numpy().reshape(64, 64)).all()
+        assert (extras.pack_rgb(np.asarray(image.convert('RGB'))) == tokens.numpy()).all()
 
 
 def test_enlarging_repeats_pixels_and_a_sheet_keeps_them():
@@ -100,7 +108,7 @@ MODES = {
 @pytest.mark.parametrize('name', MODES)
 def test_every_mode_keeps_its_colour(tmp_path, name):
     image, colour = MODES[name]
-    image.save(tmp_path / name, **({'lossless': True} if name.endswith('webp') else {}))
+    image.save(tmp_path / name, **(dict(lossless=True) if name.endswith('webp') else {}))
     rgb = extras.load_rgb(tmp_path / name, 16)
     assert rgb.shape == (16, 16, 3) and rgb.dtype == np.uint8
     assert np.abs(rgb.reshape(-1, 3).astype(int) - colour).max() <= 2
@@ -116,8 +124,9 @@ def test_transparent_colour_of_a_palette_and_of_rgb(tmp_path):
 
 @pytest.mark.parametrize('ending', ['gif', 'webp', 'png', 'tiff'])
 def test_of_an_animation_the_first_frame(tmp_path, ending):
-    frames = [solid('RGB', (255, 0, 0)), solid('RGB', (0, 0, 255))]
-    frames[0].save(tmp_path / f'a.{ending}', save_all=True, append_images=frames[1:], **({'lossless': True} if ending == 'webp' else {}))
+    red, blue = solid('RGB', (255, 0, 0)), solid('RGB', (0, 0, 255))
+    options = dict(lossless=True) if ending == 'webp' else {}
+    red.save(tmp_path / f'a.{ending}', save_all=True, append_images=[blue], **options)
     assert extras.load_rgb(tmp_path / f'a.{ending}', 8)[0, 0].tolist() == [255, 0, 0]
 
 
@@ -126,14 +135,17 @@ def test_of_an_animation_the_first_frame(tmp_path, ending):
 def test_exif_orientation(tmp_path, ending, orientation):
     # four corners of different colours, stored so that the orientation flag puts them right again
     upright = np.zeros((64, 96, 3), np.uint8)
-    upright[:32, :48], upright[:32, 48:], upright[32:, :48], upright[32:, 48:] = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)
-    undo = [None, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
-            Image.Transpose.ROTATE_90, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_270][orientation - 1]
+    upright[:32, :48], upright[:32, 48:] = (255, 0, 0), (0, 255, 0)
+    upright[32:, :48], upright[32:, 48:] = (0, 0, 255), (255, 255, 0)
+    turn = Image.Transpose
+    undo = [None, turn.FLIP_LEFT_RIGHT, turn.ROTATE_180, turn.FLIP_TOP_BOTTOM,
+            turn.TRANSPOSE, turn.ROTATE_90, turn.TRANSVERSE, turn.ROTATE_270][orientation - 1]
     image = Image.fromarray(upright) if undo is None else Image.fromarray(upright).transpose(undo)
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f'o.{ending}'
-    image.save(path, exif=exif, **({'quality': 95, 'subsampling': 0} if ending == 'jpg' else {'lossless': True} if ending == 'webp' else {}))
+    options = dict(jpg=dict(quality=95, subsampling=0), webp=dict(lossless=True))
+    image.save(path, exif=exif, **options.get(ending, {}))
     rgb = extras.load_rgb(path, 16).astype(int)
     for y, x, colour in ((2, 2, (255, 0, 0)), (2, 13, (0, 255, 0)), (13, 2, (0, 0, 255)), (13, 13, (255, 255, 0))):
         assert np.abs(rgb[y, x] - colour).max() < 24, (y, x, rgb[y, x])
@@ -163,15 +175,16 @@ def test_draft_decoding_of_a_large_jpeg_changes_next_to_nothing(tmp_path):
 def test_a_profile_is_followed_to_srgb(tmp_path):
     from PIL import ImageCms
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
-    swapped = srgb.replace(b'rXYZ', b'____').replace(b'gXYZ', b'rXYZ').replace(b'____', b'gXYZ')  # what it calls red is our green
+    # what it calls red is our green
+    swapped = srgb.replace(b'rXYZ', b'____').replace(b'gXYZ', b'rXYZ').replace(b'____', b'gXYZ')
     for profile, colour in ((srgb, (200, 100, 50)), (b'no profile at all', (200, 100, 50)), (swapped, (100, 200, 50))):
         solid('RGB', (200, 100, 50)).save(tmp_path / 'profile.png', icc_profile=profile)
         assert np.abs(extras.load_rgb(tmp_path / 'profile.png', 8).astype(int) - colour).max() <= 1
 
 
-@pytest.mark.skipif(not (SHARED / 'photos_mixed').is_dir(), reason='no photographs here')
+@needs_photos
 def test_photographs_of_many_kinds():
-    load = lambda name: extras.load_rgb(SHARED / 'photos_mixed' / name, 64).astype(int)
+    load = lambda name: extras.load_rgb(PHOTOS / name, 64).astype(int)
     # the same scene stored upright and on its side: equal but for the digit painted into it
     a, b = load('exif_Landscape_1.jpg'), load('exif_Landscape_6.jpg')
     assert np.abs(a - b).mean() < 2
@@ -190,7 +203,12 @@ def test_photographs_of_many_kinds():
 
 
 @pytest.mark.parametrize('ending', ['jpg', 'png', 'webp'])
-@pytest.mark.parametrize('exif', [b'Exif\0\0' + b'garbage!' * 4, b'Exif\0\0', b'Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0', b'Exif\0\0II*\0\xff\xff\xff\x7f'])
+@pytest.mark.parametrize('exif', [
+    b'Exif\0\0' + b'garbage!' * 4,
+    b'Exif\0\0',
+    b'Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0',
+    b'Exif\0\0II*\0\xff\xff\xff\x7f',
+])
 def test_broken_exif_costs_no_pixels(tmp_path, ending, exif):
     Image.new('RGB', (40, 30), (255, 0, 0)).save(tmp_path / f'a.{ending}', exif=exif)
     assert extras.pack_rgb(extras.load_rgb(tmp_path / f'a.{ending}', 8))[4, 4] == 0xF00
@@ -241,14 +259,16 @@ def test_the_transparent_value_of_16_bit_grey(tmp_path):
 
 def test_a_grey_profile_is_followed(tmp_path):
     # the smallest profile there is: grey of gamma 1.0, whose 128 of 255 is 188 in sRGB
-    tags = [(b'wtpt', b'XYZ \0\0\0\0' + struct.pack('>3i', 63190, 65536, 54061)), (b'kTRC', b'curv\0\0\0\0' + struct.pack('>IHxx', 1, 256))]
+    white = struct.pack('>3i', 63190, 65536, 54061)
+    gamma = struct.pack('>IHxx', 1, 256)
+    tags = [(b'wtpt', b'XYZ \0\0\0\0' + white), (b'kTRC', b'curv\0\0\0\0' + gamma)]
     table, body = struct.pack('>I', len(tags)), b''
     for name, data in tags:
         table += name + struct.pack('>II', 128 + 4 + 12 * len(tags) + len(body), len(data))
         body += data
     header = bytearray(128)
-    header[8:12], header[12:24], header[36:40], header[68:80] = b'\2\x10\0\0', b'mntrGRAYXYZ ', b'acsp', struct.pack('>3i', 63190, 65536, 54061)
     header[:4] = struct.pack('>I', 128 + len(table) + len(body))
+    header[8:12], header[12:24], header[36:40], header[68:80] = b'\2\x10\0\0', b'mntrGRAYXYZ ', b'acsp', white
     solid('L', 128).save(tmp_path / 'a.png', icc_profile=bytes(header) + table + body)
     assert np.abs(extras.load_rgb(tmp_path / 'a.png', 8).astype(int) - 188).max() <= 1
 

@@ -1,4 +1,4 @@
-"""What a user can do wrong: every mistake ends with one line that says what is wrong and what to do, and a non-zero exit.
+"""What a user can do wrong: every mistake ends with one line that says what is wrong and what to do, and exit code 1.
 
 Each line of MISTAKES is a command as it is typed and words of the answer.
 """
@@ -11,7 +11,7 @@ import subprocess
 import pytest
 import torch
 
-from conftest import ENV, TINY, call, command
+from conftest import ENV, PIPED, TINY, call, command
 
 
 class Evil:
@@ -28,17 +28,21 @@ MISTAKES = {
     # prepare.py
     'no such folder': ('prepare.py --source ./nowhere --out_dir {new}', 'there is no file or folder ./nowhere'),
     'not a Hub id': ('prepare.py --source a/b/c --out_dir {new}', 'there is no file or folder a/b/c'),
-    'no such data set, or no network': ('prepare.py --source nobody/nothing-here --out_dir {new}', 'cannot load nobody/nothing-here'),
+    'no such data set, or no network': ('prepare.py --source nobody/nothing-here --out_dir {new}',
+                                        'cannot load nobody/nothing-here'),
     'the default source without network': ('prepare.py --out_dir {new}', 'try --source synthetic'),
     'a file for a folder': ('prepare.py --source {file} --out_dir {new}', 'it holds no pictures'),
     'no such parquet file': ('prepare.py --source {new}/x.parquet --out_dir {new}', 'there is no file'),
-    'a parquet file that is none': ('prepare.py --source {bad_parquet} --out_dir {new}', '{bad_parquet} is no whole parquet file'),
+    'a parquet file that is none': ('prepare.py --source {bad_parquet} --out_dir {new}',
+                                    '{bad_parquet} is no whole parquet file'),
     'an empty folder': ('prepare.py --source {empty} --out_dir {new}', 'no usable image'),
     'output into a file': ('prepare.py --source synthetic --out_dir {file}', 'cannot write to the folder'),
     'output below a file': ('prepare.py --source synthetic --out_dir {file}/data', 'cannot write to the folder'),
-    'a size that is no number': ('prepare.py --source synthetic --size big --out_dir {new}', 'write one number for squares, or width x height'),
+    'a size that is no number': ('prepare.py --source synthetic --size big --out_dir {new}',
+                                 'write one number for squares, or width x height'),
     'a size of nothing': ('prepare.py --source synthetic --size 0 --out_dir {new}', 'argument --size: 0: write'),
-    'all for validation': ('prepare.py --source synthetic --val_fraction 1 --out_dir {new}', '--val_fraction=1.0: it has to be between 0 and 1'),
+    'all for validation': ('prepare.py --source synthetic --val_fraction 1 --out_dir {new}',
+                           '--val_fraction=1.0: it has to be between 0 and 1'),
     'a negative seed': ('prepare.py --source synthetic --seed -1 --out_dir {new}', '--seed=-1'),
     'a seed beyond 64 bits': ('sample.py --ckpt {ckpt} --seed 9223372036854775808', 'from 0 to 2 ** 63 - 1'),
     'one picture alone': ('prepare.py --source synthetic --num_images 1 --out_dir {new}', 'at least two different'),
@@ -53,7 +57,8 @@ MISTAKES = {
     'a call in a config file': ('train.py {callfile}', 'holds only assignments'),
     'a wrong type in a file': ('train.py {wrong}', "batch_size, line 1 of {wrong} takes int, not 'many'"),
     'a number without end': ('train.py {tiny} --learning_rate=1e999', 'has to be a finite number'),
-    'a number without end in a file': ('train.py {endless}', 'learning_rate, line 1 of {endless} has to be a finite number'),
+    'a number without end in a file': ('train.py {endless}',
+                                       'learning_rate, line 1 of {endless} has to be a finite number'),
     'a power that nobody waits for': ('train.py {tower}', 'holds only assignments'),
     'a key that the data decide': ('train.py {tiny} --block_size=1024', 'given by the data'),
     'a config file in UTF-16': ('train.py {utf16}', 'is no config file'),
@@ -67,7 +72,8 @@ MISTAKES = {
     'a batch that cannot be shared': ('train.py {tiny} --gradient_accumulation_steps=3', 'a multiple of 3'),
     'an attention there is none of': ('train.py {tiny} --attention=rows', "name the layers' kinds"),
     'more neighbours than there are': ('train.py {tiny} --neighbours=99', 'from 0 to 24'),
-    'two dimensions without a start': ('train.py {tiny} --neighbours=3 --start_embedding=False', 'need start_embedding=True'),
+    'two dimensions without a start': ('train.py {tiny} --neighbours=3 --start_embedding=False',
+                                       'need start_embedding=True'),
     'heads that do not fit': ('train.py {tiny} --n_head=5', 'cannot be shared by n_head=5 heads'),
     'a memory that never fades': ('train.py {tiny} --beta1=1.5', '--beta1=1.5: it has to be 0 or more and less than 1'),
     'a negative decay': ('train.py {tiny} --weight_decay=-1', '--weight_decay=-1.0: it has to be 0 or more'),
@@ -82,8 +88,10 @@ MISTAKES = {
     'a truncated train.bin': ('train.py {tiny} --data_dir={short}', 'whole images'),
     'a train.bin of half an image': ('train.py {tiny} --data_dir={half}', 'whole images'),
     'tokens that are no colours': ('train.py {tiny} --data_dir={words}', 'no 12-bit colour'),
-    'tokens that are none, compiled': ('train.py {tiny} --compile=True --out_dir={new}out --data_dir={words}', 'no 12-bit colour'),
-    'tokens to validate with that are none': ('train.py {tiny} --max_iters=1 --out_dir={new}out --data_dir={valwords}', 'no 12-bit colour'),
+    'tokens that are none, compiled': ('train.py {tiny} --compile=True --out_dir={new}out --data_dir={words}',
+                                       'no 12-bit colour'),
+    'tokens to validate with that are none': ('train.py {tiny} --max_iters=1 --out_dir={new}out --data_dir={valwords}',
+                                              'no 12-bit colour'),
     'no val.bin': ('train.py {tiny} --data_dir={noval}', 'val.bin is missing'),
     'a damaged meta.pkl': ('train.py {tiny} --data_dir={badmeta}', 'is damaged'),
     'a meta.pkl that runs code': ('train.py {tiny} --data_dir={evilmeta}', 'is damaged or no plain dictionary'),
@@ -93,9 +101,11 @@ MISTAKES = {
     'nothing to resume': ('train.py {tiny} --init_from=resume', 'nothing to resume'),
     'resuming from nowhere': ('train.py {tiny} --init_from={new}/ckpt1.pt', 'no checkpoint'),
     'resuming another model': ('train.py {tiny} --init_from={ckpt} --n_layer=3', 'has n_layer=2, this run n_layer=3'),
-    'resuming with other batches': ('train.py {tiny} --init_from={ckpt} --batch_size=4', 'has batch_size=8, this run batch_size=4'),
+    'resuming with other batches': ('train.py {tiny} --init_from={ckpt} --batch_size=4',
+                                    'has batch_size=8, this run batch_size=4'),
     'resuming what does not fit': ('train.py {tiny} --init_from={strange}', 'does not fit the model'),
-    'resuming weights alone': ('train.py {tiny} --out_dir={weights} --init_from=resume', 'holds weights alone; --init_from='),
+    'resuming weights alone': ('train.py {tiny} --out_dir={weights} --init_from=resume',
+                               'holds weights alone; --init_from='),
     'resuming what is done': ('train.py {tiny} --init_from={ckpt} --max_iters=20', 'raise --max_iters'),
     'resuming half a checkpoint': ('train.py {tiny} --init_from={halfckpt}', 'no readable checkpoint'),
     'wandb not installed': ('train.py {tiny} --wandb_log=True', 'pip install wandb'),
@@ -112,20 +122,25 @@ MISTAKES = {
     'a checkpoint without its shape': ('sample.py --ckpt {shapeless}', 'no readable checkpoint'),
     'a model that paints no square': ('sample.py --ckpt {oblong}', 'make no picture'),
     'no colour': ('sample.py --ckpt {ckpt} --first_pixel bluish --out {new}/a.png', 'three hex digits'),
-    'drawing a pixel the model cannot draw': ('sample.py --ckpt {ancestor} --first_pixel sample --out {new}/a.png', 'no start embedding'),
+    'drawing a pixel the model cannot draw': ('sample.py --ckpt {ancestor} --first_pixel sample --out {new}/a.png',
+                                              'no start embedding'),
     'a negative temperature': ('sample.py --ckpt {ckpt} --temperature -1', '--temperature=-1.0'),
     'top_k of none': ('sample.py --ckpt {ckpt} --top_k 0', '--top_k=0'),
     'top_p above all': ('sample.py --ckpt {ckpt} --top_p 1.5', '--top_p=1.5'),
     'no samples': ('sample.py --ckpt {ckpt} --num_samples 0', '--num_samples=0'),
     'no such picture': ('sample.py --ckpt {ckpt} --image {new}/a.jpg --out {new}/a.png', 'no picture'),
-    'a picture that is none': ('sample.py --ckpt {ckpt} --image {file} --out {new}/a.png', 'cannot be read as a picture'),
+    'a picture that is none': ('sample.py --ckpt {ckpt} --image {file} --out {new}/a.png',
+                               'cannot be read as a picture'),
     'all rows kept': ('sample.py --ckpt {ckpt} --image {picture} --rows 16 --out {new}/a.png', '--rows=16'),
     'rows of no picture': ('sample.py --ckpt {ckpt} --rows 8', 'name the picture with --image'),
-    'a picture and a first pixel': ('sample.py --ckpt {ckpt} --image {picture} --first_pixel FEC', 'leave out --first_pixel'),
-    'an animation over its sheet': ('sample.py --ckpt {ckpt} --gif --out {new}/a.gif', 'end the name of the sheet, --out, in .png'),
+    'a picture and a first pixel': ('sample.py --ckpt {ckpt} --image {picture} --first_pixel FEC',
+                                    'leave out --first_pixel'),
+    'an animation over its sheet': ('sample.py --ckpt {ckpt} --gif --out {new}/a.gif',
+                                    'end the name of the sheet, --out, in .png'),
     'an unknown picture format': ('sample.py --ckpt {ckpt} --out {new}/a.xyz', 'end the name in .png'),
     'a sheet into a file as a folder': ('sample.py --ckpt {ckpt} --out {file}/a.png', 'cannot write to the folder'),
-    'CUDA for sampling where there is none': ('sample.py --ckpt {ckpt} --device cuda --out {new}/a.png', 'use --device=auto'),
+    'CUDA for sampling where there is none': ('sample.py --ckpt {ckpt} --device cuda --out {new}/a.png',
+                                              'use --device=auto'),
     # bench/
     'quality beside no data': ('bench/quality.py --ckpt {ckpt} --data {new}', 'no data set in'),
     'speed of no checkpoint': ('bench/sampling.py --ckpt {new}/ckpt7.pt', 'no checkpoint'),
@@ -141,12 +156,19 @@ if importlib.util.find_spec('wandb'):
 def places(data, trained, tmp_path_factory):
     """The broken files that the commands speak of."""
     here = tmp_path_factory.mktemp('mistakes')
-    places = dict(new=here / 'new', file=here / 'file.txt', empty=here / 'empty', folder=trained, ckpt=trained / 'ckpt20.pt',
-                  picture=trained / 'images' / 'output20.png', mark=here / 'mark')
+    places = dict(new=here / 'new', file=here / 'file.txt', empty=here / 'empty', mark=here / 'mark', folder=trained,
+                  ckpt=trained / 'ckpt20.pt', picture=trained / 'images' / 'output20.png')
     places['file'].write_text('words, no code')
     places['empty'].mkdir()
-    for name, text in dict(typo="# a comment\nlearning_rat = 1e-3\n", code='import os\n', callfile="out_dir = open('x')\n", wrong="batch_size = 'many'\n",
-                           endless='learning_rate = 1e999\n', tower='max_iters = 9 ** 9 ** 9\n').items():
+    configs = dict(
+        typo='# a comment\nlearning_rat = 1e-3\n',
+        code='import os\n',
+        callfile="out_dir = open('x')\n",
+        wrong="batch_size = 'many'\n",
+        endless='learning_rate = 1e999\n',
+        tower='max_iters = 9 ** 9 ** 9\n',
+    )
+    for name, text in configs.items():
         places[name] = here / f'{name}.py'
         places[name].write_text(text)
     places['utf16'] = here / 'utf16.py'
@@ -187,11 +209,13 @@ def places(data, trained, tmp_path_factory):
     broken_checkpoint('strange', model={})
     places['weights'] = here / 'weights'
     places['weights'].mkdir()
-    torch.save({name: good[name] for name in ('model', 'model_args', 'height', 'width')}, places['weights'] / 'ckpt20.pt')
+    weights = {name: good[name] for name in ('model', 'model_args', 'height', 'width')}
+    torch.save(weights, places['weights'] / 'ckpt20.pt')
     places['ancestor'] = here / 'ancestor.pt'
     args = {name: value for name, value in good['model_args'].items() if name != 'start_embedding'}
-    torch.save(dict(model_args={**args, 'block_size': 255}, model={
-        name: tensor[:255] if 'wpe' in name else tensor for name, tensor in good['model'].items() if 'wse' not in name}), places['ancestor'])
+    model = {name: tensor[:255] if 'wpe' in name else tensor
+             for name, tensor in good['model'].items() if 'wse' not in name}
+    torch.save(dict(model_args={**args, 'block_size': 255}, model=model), places['ancestor'])
     places['halfckpt'], places['emptyckpt'] = here / 'half.pt', here / 'empty.pt'
     places['halfckpt'].write_bytes(places['ckpt'].read_bytes()[:100_000])
     places['emptyckpt'].write_bytes(b'')
@@ -204,7 +228,9 @@ def test_one_line_and_a_non_zero_exit(name, places):
     line, words = (text.format(**places) for text in MISTAKES[name])
     printed = call(*line.split(' '), code=1)
     *before, message = printed.splitlines()
-    assert all(line.startswith(('reading:', 'not used:', 'iter ', 'compiling')) or ' parameters (' in line or ' training and ' in line for line in before if line)  # no traceback, no warning
+    for said in filter(None, before):  # no traceback, no warning
+        assert (said.startswith(('reading:', 'not used:', 'iter ', 'compiling'))
+                or ' parameters (' in said or ' training and ' in said)
     assert message.startswith('error: ') and words in message
     assert not places['mark'].exists()  # no file has run code
 
@@ -212,8 +238,9 @@ def test_one_line_and_a_non_zero_exit(name, places):
 @pytest.mark.parametrize('name', ['a size of nothing', 'a meta.pkl that runs code', 'a checkpoint that runs code'])
 def test_so_does_a_command_typed_at_a_prompt(name, places):
     line, words = (text.format(**places) for text in MISTAKES[name])
-    done = subprocess.run(command(*line.split(' ')), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.returncode == 1 and done.stdout.startswith('error: ') and words in done.stdout and len(done.stdout.splitlines()) == 1
+    done = subprocess.run(command(*line.split(' ')), **PIPED)
+    assert done.returncode == 1 and done.stdout.startswith('error: ') and words in done.stdout
+    assert len(done.stdout.splitlines()) == 1
     assert not places['mark'].exists()
 
 
@@ -226,7 +253,8 @@ def test_the_pickles_are_live(places):
 @pytest.mark.skipif(os.geteuid() == 0, reason='root may write anywhere')
 def test_a_folder_without_permission(data, tmp_path):
     (tmp_path / 'locked').mkdir(mode=0o500)
-    assert 'cannot write to the folder' in call('train.py', *TINY, f'--data_dir={data}', f'--out_dir={tmp_path}/locked', code=1)
+    out = call('train.py', *TINY, f'--data_dir={data}', f'--out_dir={tmp_path}/locked', code=1)
+    assert 'cannot write to the folder' in out
 
 
 def test_commands_run_from_any_folder(data, tmp_path):

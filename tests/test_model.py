@@ -11,17 +11,25 @@ from torch.nn import functional as F
 import extras
 import prepare
 from conftest import ROOT
+from helpers import nanogpt_checkpoint
 from model import NEIGHBOURS, GPT, GPTConfig, orthogonalise
 from sample import Decoder, adapt_threads, filter_logits, graph_loop, gumbel_noise, sample, wave_loop
 
 SIDE = 12
 TOKENS = SIDE * SIDE
-
-
-FLAT = dict(row_column_positions=True, neighbours=12, factorised_colours=True, relative_colours=True)
-KINDS = {'plain': {}, 'ancestor': dict(start_embedding=False), 'full': FLAT, 'local': {**FLAT, 'attention': 'local'}, 'column': {**FLAT, 'attention': 'column', 'neighbours': 24},
-         'local column': {**FLAT, 'attention': 'local column full', 'alibi': True}, 'reach': {**FLAT, 'attention': 'local column', 'alibi': True, 'reach': 2},
-         'small colours': {**FLAT, 'attention': 'local column', 'reach': 3, 'n_colour': 8}, 'relative': dict(relative_colours=True), 'biased': dict(bias=True, attention='column', factorised_colours=True)}
+TWO_DIMENSIONAL = dict(row_column_positions=True, neighbours=12, factorised_colours=True, relative_colours=True)
+KINDS = {
+    'plain': {},
+    'ancestor': dict(start_embedding=False),
+    'full': TWO_DIMENSIONAL,
+    'local': {**TWO_DIMENSIONAL, 'attention': 'local'},
+    'column': {**TWO_DIMENSIONAL, 'attention': 'column', 'neighbours': 24},
+    'local column': {**TWO_DIMENSIONAL, 'attention': 'local column full', 'alibi': True},
+    'reach': {**TWO_DIMENSIONAL, 'attention': 'local column', 'alibi': True, 'reach': 2},
+    'small colours': {**TWO_DIMENSIONAL, 'attention': 'local column', 'reach': 3, 'n_colour': 8},
+    'relative': dict(relative_colours=True),
+    'biased': dict(bias=True, attention='column', factorised_colours=True),
+}
 kinds = pytest.mark.parametrize('kind', KINDS)
 
 
@@ -39,7 +47,12 @@ def small(kind='plain', tokens=TOKENS, seed=0, std=None, **kwargs):
 
 def images(count, side=SIDE, seed=0):
     source = prepare.Synthetic(count, seed, side)
-    return torch.from_numpy(np.stack([extras.pack_rgb(source.picture(i)).reshape(-1) for i in range(count)]).astype(np.int64))
+    tokens = [extras.pack_rgb(source.picture(i)).reshape(-1) for i in range(count)]
+    return torch.from_numpy(np.stack(tokens).astype(np.int64))
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 # -----------------------------------------------------------------------------
@@ -47,7 +60,7 @@ def images(count, side=SIDE, seed=0):
 
 @kinds
 def test_loss_before_training_is_that_of_a_guess(kind):
-    tokens = torch.randint(4096, (4, 1024), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(4096, (4, 1024), generator=generator(0))
     for seed in range(3):
         loss = small(kind, tokens=1024, seed=seed, n_layer=4, n_head=4, n_embd=128)(tokens)
         assert abs(loss.item() - math.log(4096)) < 0.1
@@ -104,15 +117,17 @@ def test_no_pixel_sees_itself_or_the_future(kind):
         changed[0, pixel] = (changed[0, pixel] + 1234) % 4096
         difference = (model.logits(changed) - before).abs().amax((0, 2))
         assert (difference[:max(pixel + 1 - first, 0)] == 0).all()  # pixels up to this one: to the last bit
-        sees_all = 'full' in model.config.attention  # then every later one does see it, and else the next one of its row
-        if sees_all or (pixel + 1) % SIDE:
-            assert (difference[pixel + 1 - first:] > 0).all() if sees_all else difference[pixel + 1 - first] > 0
+        if 'full' in model.config.attention:  # every later pixel sees it
+            assert (difference[pixel + 1 - first:] > 0).all()
+        elif (pixel + 1) % SIDE:  # the next one in its row sees it
+            assert difference[pixel + 1 - first] > 0
 
 
 @pytest.mark.parametrize('reach, neighbours', [(1, 4), (2, 12), (3, 24)])
 def test_with_reach_a_pixel_sees_the_cone_above_it_and_nothing_else(reach, neighbours):
-    # six layers: local ones walk through the whole cone, a row each
-    model = small(**FLAT | dict(neighbours=neighbours), attention='local column', reach=reach, n_layer=8, std=0.2).double()
+    # eight layers, every other one local: each of these looks a row further into the cone
+    args = {**TWO_DIMENSIONAL, 'neighbours': neighbours, 'attention': 'local column', 'reach': reach}
+    model = small(**args, n_layer=8, std=0.2).double()
     tokens = images(1)
     before = model.logits(tokens)
     y, x = torch.arange(TOKENS) // SIDE, torch.arange(TOKENS) % SIDE
@@ -121,7 +136,8 @@ def test_with_reach_a_pixel_sees_the_cone_above_it_and_nothing_else(reach, neigh
         changed[0, pixel] = (changed[0, pixel] + 1234) % 4096
         difference = (model.logits(changed) - before).abs().amax((0, 2))
         below, right = y - y[pixel], x - x[pixel]
-        cone = (below == 0) & (right > 0) | (below > 0) & (right >= -reach * below)  # pixels that come after it on a wave along the diagonal
+        # pixels that come after it on a wave along the diagonal
+        cone = (below == 0) & (right > 0) | (below > 0) & (right >= -reach * below)
         near = cone & (below <= 3)
         assert (difference[~cone] == 0).all() and (difference[near] > 0).all()
 
@@ -129,10 +145,11 @@ def test_with_reach_a_pixel_sees_the_cone_above_it_and_nothing_else(reach, neigh
 @kinds
 def test_the_chunked_loss_has_the_gradients_of_the_usual_one(kind):
     model, tokens = small(kind, std=0.2), images(4)  # 576 rows: a chunk and a part of one
-    gradients = []
-    for loss in (2 * model(tokens), 2 * F.cross_entropy(model.logits(tokens).flatten(0, 1), tokens[:, -model.logits(tokens).size(1):].flatten())):
+    logits, gradients = model.logits(tokens), []
+    usual = F.cross_entropy(logits.flatten(0, 1), tokens[:, -logits.size(1):].flatten())
+    for loss in (model(tokens), usual):
         model.zero_grad()
-        loss.backward()
+        (2 * loss).backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], atol=1e-5, rtol=1e-4), name
@@ -141,13 +158,13 @@ def test_the_chunked_loss_has_the_gradients_of_the_usual_one(kind):
 def test_the_table_of_the_stem_does_what_its_product_does():
     # many pixels take another way through the stem than few
     model, tokens = small('full', std=0.2), images(2 * 4097 // TOKENS + 1)
-    grads = []
+    gradients, stem = [], model.transformer.stem.c_fc
     for parts in (tokens.split(len(tokens)), tokens.split(1)):
         model.zero_grad()
         for part in parts:
             (model(part) * len(part) / len(tokens)).backward()
-        grads.append([p.grad.clone() for p in (model.transformer.stem.c_fc.weight, model.transformer.stem.c_fc.bias, model.transformer.wle.weight)])
-    for one, other in zip(*grads):
+        gradients.append([p.grad.clone() for p in (stem.weight, stem.bias, model.transformer.wle.weight)])
+    for one, other in zip(*gradients):
         assert one.abs().max() > 1e-4 and (one - other).abs().max() < 1e-5 * one.abs().max().clamp(min=1)
     assert (model.logits(tokens)[:1] - model.logits(tokens[:1])).abs().max() < 1e-4
 
@@ -161,20 +178,26 @@ def test_neighbours_end_where_the_image_ends():
             for (dy, dx), token in zip(NEIGHBOURS, around[y, x]):
                 inside = 0 <= y + dy < SIDE and 0 <= x + dx < SIDE  # no wrap-around from one row to the next
                 assert token == (picture[0, y + dy, x + dx] if inside else 4096)
-    assert len(set(NEIGHBOURS)) == 24 and all((dy, dx) < (0, 0) for dy, dx in NEIGHBOURS)  # none of them is the pixel itself or comes later
+    assert len(set(NEIGHBOURS)) == 24
+    assert all((dy, dx) < (0, 0) for dy, dx in NEIGHBOURS)  # none of them is the pixel itself or comes later
     assert NEIGHBOURS[:4] == [(0, -1), (-1, 0), (-1, -1), (-1, 1)]
 
 
-@pytest.mark.parametrize('attention, seen', [('full', lambda y, x, v, u: True), ('local', lambda y, x, v, u: v in (y, y - 1)), ('column', lambda y, x, v, u: x == u)])
+@pytest.mark.parametrize('attention, seen', [
+    ('full', lambda y, x, v, u: True),
+    ('local', lambda y, x, v, u: v in (y, y - 1)),
+    ('column', lambda y, x, v, u: x == u),
+])
 def test_what_a_layer_attends_to(attention, seen):
-    # values of a single layer reach the positions they should: that of pixel (y, x), which reads the pixel before it, those of (v, u)
+    # in a single layer, position (y, x), which reads the pixel before it, sees the positions (v, u) that it should
     model = small(attention=attention, n_layer=1, std=0.2)
     x = torch.randn(1, TOKENS, 32, requires_grad=True)
     for position in (0, SIDE - 1, SIDE + 3, TOKENS - 1):
         x.grad = None
         model.transformer.h[0].attn(x)[0, position].sum().backward()
         reached = x.grad[0].abs().sum(-1) > 0
-        assert reached.tolist() == [i <= position and seen(*divmod(position, SIDE), *divmod(i, SIDE)) for i in range(TOKENS)]
+        here = divmod(position, SIDE)
+        assert reached.tolist() == [i <= position and seen(*here, *divmod(i, SIDE)) for i in range(TOKENS)]
 
 
 @pytest.mark.parametrize('kind', ['local', 'column'])
@@ -186,8 +209,9 @@ def test_attention_fades_with_distance(kind):
     torch.nn.init.eye_(attn.c_proj.weight)
     x = torch.randn(1, TOKENS, 32)
     y, here = attn(x)[0], 5 * SIDE + 7
+    seen = [i for i in range(here + 1) if (i % SIDE == 7 if kind == 'column' else i >= 4 * SIDE)]
+    away = {i: abs(i // SIDE - 5) + abs(i % SIDE - 7) for i in seen}
     for head, slope in enumerate((1 / 2, 1 / 32)):
-        away = {i: abs(i // SIDE - 5) + abs(i % SIDE - 7) for i in range(here + 1) if (i % SIDE == 7 if kind == 'column' else i >= 4 * SIDE)}
         weights = torch.tensor([-slope * distance for distance in away.values()]).softmax(0)
         expected = (weights[:, None] * x[0, list(away)]).sum(0)
         assert torch.allclose(y[here].view(2, 16)[head], expected.view(2, 16)[head], atol=1e-5)
@@ -200,7 +224,8 @@ def test_attention_never_leaves_the_fast_kernel_of_a_cpu(kind):
         model(images(2)).backward()
         model.generate(images(1)[:, :1], 2 * SIDE)
     called = {event.key for event in profile.key_averages()}
-    assert 'aten::_scaled_dot_product_flash_attention_for_cpu' in called and 'aten::_scaled_dot_product_attention_math' not in called
+    assert 'aten::_scaled_dot_product_flash_attention_for_cpu' in called
+    assert 'aten::_scaled_dot_product_attention_math' not in called
 
 
 def test_the_first_pixel_is_learnt_from_the_start_embedding():
@@ -227,38 +252,18 @@ def nanogpt_logits(weights, tokens, n_head):
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
     for i in range(sum(name.endswith('ln_1.weight') for name in weights)):
         h = f'transformer.h.{i}.'
-        q, k, v = (t.reshape(B, T, n_head, -1).transpose(1, 2) for t in linear(norm(x, h + 'ln_1'), h + 'attn.c_attn').chunk(3, -1))
+        qkv = linear(norm(x, h + 'ln_1'), h + 'attn.c_attn')
+        q, k, v = (t.reshape(B, T, n_head, -1).transpose(1, 2) for t in qkv.chunk(3, -1))
         scores = (q @ k.transpose(-1, -2) / math.sqrt(C // n_head)).masked_fill(future, -math.inf)
         x = x + linear((scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, C), h + 'attn.c_proj')
         x = x + linear(F.gelu(linear(norm(x, h + 'ln_2'), h + 'mlp.c_fc')), h + 'mlp.c_proj')
     return norm(x, 'transformer.ln_f') @ weights['lm_head.weight'].T
 
 
-def nanogpt_checkpoint(bias=False, side=SIDE, prefix='', n_layer=2, n_embd=32):
-    """A checkpoint as nanoGPT's train.py writes it: no start embedding, no image shape, names of a compiled model."""
-    torch.manual_seed(1)
-    block_size, shapes = side * side - 1, {'transformer.wte.weight': (4096, n_embd), 'transformer.wpe.weight': (side * side - 1, n_embd)}
-    for i in range(n_layer):
-        h = f'transformer.h.{i}.'
-        for name, shape in (('ln_1', (n_embd,)), ('attn.c_attn', (3 * n_embd, n_embd)), ('attn.c_proj', (n_embd, n_embd)), ('ln_2', (n_embd,)),
-                            ('mlp.c_fc', (4 * n_embd, n_embd)), ('mlp.c_proj', (n_embd, 4 * n_embd))):
-            shapes[f'{h}{name}.weight'] = shape
-            if bias:
-                shapes[f'{h}{name}.bias'] = shape[:1]
-    shapes['transformer.ln_f.weight'] = (n_embd,)
-    if bias:
-        shapes['transformer.ln_f.bias'] = (n_embd,)
-    weights = {name: torch.randn(shape) * 0.2 for name, shape in shapes.items()}
-    weights['lm_head.weight'] = weights['transformer.wte.weight']
-    return {'model': {prefix + name: tensor for name, tensor in weights.items()}, 'optimizer': {'state': {}, 'param_groups': []}, 'iter_num': 6000,
-            'model_args': dict(n_layer=n_layer, n_head=2, n_embd=n_embd, block_size=block_size, bias=bias, vocab_size=4096, dropout=0.0),
-            'best_val_loss': torch.tensor(3.0), 'config': {'dataset': 'landscape'}}
-
-
 @pytest.mark.parametrize('bias, prefix', [(False, '_orig_mod.'), (True, '')])
 def test_without_start_embedding_it_is_the_ancestor(tmp_path, bias, prefix):
     path = str(tmp_path / 'ckpt.pt')
-    saved = nanogpt_checkpoint(bias, prefix=prefix)
+    saved = nanogpt_checkpoint(SIDE, bias, prefix)
     torch.save(saved, path)
     checkpoint = extras.load_checkpoint(path)
     assert (checkpoint['height'], checkpoint['width']) == (SIDE, SIDE)
@@ -287,15 +292,23 @@ def test_the_ancestors_usage_keeps_working(tmp_path):
 # -----------------------------------------------------------------------------
 # sampling
 
-OPTIONS = {'greedy': dict(temperature=0), 'plain': {}, 'cold': dict(temperature=0.7), 'top-k': dict(top_k=50), 'top-p': dict(top_p=0.8),
-           'all': dict(temperature=1.3, top_k=500, top_p=0.9)}
+OPTIONS = {
+    'greedy': dict(temperature=0),
+    'plain': {},
+    'cold': dict(temperature=0.7),
+    'top-k': dict(top_k=50),
+    'top-p': dict(top_p=0.8),
+    'all': dict(temperature=1.3, top_k=500, top_p=0.9),
+}
 
 
 def paints_as_the_plain_loop_does(kind, batch, options):
     model = small(kind, std=0.2)
-    for pixels in (int(kind == 'ancestor'), 5 * SIDE):  # from nothing (or one pixel), and from five rows of different pictures
+    # from nothing (or one pixel), and from five rows of different pictures
+    for pixels in (int(kind == 'ancestor'), 5 * SIDE):
         prompt = images(batch)[:, :pixels]
-        cached, plain = (model.generate(prompt, use_cache=use_cache, generator=torch.Generator().manual_seed(3), **options) for use_cache in (True, False))
+        paint = lambda use_cache: model.generate(prompt, use_cache=use_cache, generator=generator(3), **options)
+        cached, plain = paint(True), paint(False)
         assert cached.shape == (batch, TOKENS) and (cached == plain).all()
         assert (cached[:, :pixels] == prompt).all()
         assert len(cached[:, pixels:].unique()) > 5  # it is not one colour for ever
@@ -310,8 +323,9 @@ def test_the_cache_changes_no_token(kind, batch):
 @pytest.mark.parametrize('reach', [2, 5, SIDE + 3])
 def test_waves_paint_what_the_plain_loop_paints_whatever_is_given_and_asked_for(reach):
     model = small('reach', reach=reach, std=0.2)
-    paint = lambda *args, **options: model.generate(*args, generator=torch.Generator().manual_seed(3), **options)
-    for given in (0, 1, 5, SIDE - 1, SIDE, SIDE + 5, 5 * SIDE, TOKENS - 1):  # nothing, parts of rows, rows, all but a pixel
+    paint = lambda *args, **options: model.generate(*args, generator=generator(3), **options)
+    # given are nothing, parts of rows, rows, all but a pixel
+    for given in (0, 1, 5, SIDE - 1, SIDE, SIDE + 5, 5 * SIDE, TOKENS - 1):
         prompt = images(2)[:, :given]
         for new in (None, 3, 20):
             if new is None or given + new <= TOKENS:
@@ -320,13 +334,15 @@ def test_waves_paint_what_the_plain_loop_paints_whatever_is_given_and_asked_for(
 
 def test_pixels_of_a_wave_lie_on_a_diagonal_and_every_pixel_in_one():
     for reach, first, count in ((2, 0, TOKENS), (2, 17, 100), (5, 3, TOKENS), (0, 20, 50)):
-        decoder, painted = Decoder(small('reach', reach=reach), torch.zeros(1, count).long(), 0), set(range(first))
+        decoder = Decoder(small('reach', reach=reach), torch.zeros(1, count).long(), 0)
+        painted, step = set(range(first)), reach + 1 if reach else SIDE
         for wave in decoder.waves(first):
             pixels = set(wave.tolist())
             assert len(pixels) == len(wave) and not painted & pixels
-            assert len({pixel % SIDE + (reach + 1 if reach else SIDE) * (pixel // SIDE) for pixel in pixels}) == 1
+            assert len({pixel % SIDE + step * (pixel // SIDE) for pixel in pixels}) == 1
             for y, x in (divmod(pixel, SIDE) for pixel in pixels):  # whatever it may look at is there
-                assert all(v * SIDE + u in painted for v in range(y) for u in range(SIDE) if u <= x + reach * (y - v)) or not reach
+                cone = [(v, u) for v in range(y) for u in range(SIDE) if u <= x + reach * (y - v)]
+                assert all(v * SIDE + u in painted for v, u in cone) or not reach
                 assert all(y * SIDE + u in painted for u in range(x))
             painted |= pixels
         assert painted == set(range(count))
@@ -379,7 +395,8 @@ def test_gradients_on_a_gpu_are_those_of_a_cpu(kind, compiled):
     model, tokens, gradients = small(kind, tokens=1024, std=0.1).train(), images(4, 32), []
     for device in ('cpu', 'cuda'):
         model.to(device).zero_grad()
-        (torch.compile(model, dynamic=False) if compiled and device == 'cuda' else model)(tokens.to(device)).backward()
+        forward = torch.compile(model, dynamic=False) if compiled and device == 'cuda' else model
+        forward(tokens.to(device)).backward()
         gradients.append({name: p.grad.cpu().clone() for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
         assert (gradient - gradients[1][name]).norm() < 1e-3 * gradient.norm() + 1e-6, name
@@ -387,11 +404,12 @@ def test_gradients_on_a_gpu_are_those_of_a_cpu(kind, compiled):
 
 @needs_a_gpu
 def test_a_gpu_draws_at_every_pixel_what_a_cpu_would_draw():
-    # colours within rounding of each other may change places, and then the images part: so every pixel is looked at beside those before it
+    # where two colours are equal but for rounding, a GPU may draw the other one, and the images differ from there on:
+    # so the CPU is asked about every pixel after those that the GPU has painted
     checkpoint = extras.load_checkpoint(str(ROOT / 'out' / 'ckpt6000.pt'))
     model = extras.build_model(checkpoint, '', 'cuda')
-    painted = model.generate(torch.zeros(4, 0), generator=torch.Generator().manual_seed(3)).cpu()
-    seeds, model = torch.randint(2 ** 62, (4,), generator=torch.Generator().manual_seed(3)), model.cpu()
+    painted = model.generate(torch.zeros(4, 0), generator=generator(3)).cpu()
+    seeds, model = torch.randint(2 ** 62, (4,), generator=generator(3)), model.cpu()
     with torch.no_grad():
         for pixel, logits in enumerate(model.logits(painted).unbind(1)):
             scores = logits + gumbel_noise(seeds, torch.tensor([pixel]), 4096)[0]
@@ -403,8 +421,8 @@ def test_a_gpu_draws_at_every_pixel_what_a_cpu_would_draw():
 @kinds
 def test_graphs_paint_what_the_plain_loop_paints(kind):
     model, prompt = small(kind, std=0.2).cuda(), images(3)[:, :SIDE]
-    cached, plain = (model.generate(prompt, use_cache=use_cache, generator=torch.Generator().manual_seed(3)) for use_cache in (True, False))
-    assert cached.equal(plain)
+    paint = lambda use_cache: model.generate(prompt, use_cache=use_cache, generator=generator(3))
+    assert paint(True).equal(paint(False))
 
 
 @pytest.mark.parametrize('slow', [1, 2])
@@ -415,7 +433,8 @@ def test_a_picture_is_painted_with_the_number_of_threads_that_is_faster(slow):
         for most in (4, 1):
             for i, wave in enumerate(adapt_threads(range(200), most)):
                 assert wave == i
-                time.sleep(0.003 if torch.get_num_threads() == slow else 0.001)  # two threads: slow on a busy machine, fast on an idle one
+                # two threads are slow on a busy machine and fast on an idle one
+                time.sleep(0.003 if torch.get_num_threads() == slow else 0.001)
                 used.append(torch.get_num_threads())
         assert used[0] == 1 and 2 in used and used[199] == 3 - slow and used[:200].count(slow) < 100
         assert len(set(used[200:])) == 1 and torch.get_num_threads() == 2
@@ -425,27 +444,31 @@ def test_a_picture_is_painted_with_the_number_of_threads_that_is_faster(slow):
 
 def test_the_same_seed_paints_the_same_in_batches_of_any_size():
     model, prompt = small(std=0.2), images(10)[:, :SIDE]  # 10: more than are painted side by side
-    paint = lambda size: torch.cat([model.generate(part, generator=generator) for generator in [torch.Generator().manual_seed(5)] for part in prompt.split(size)])
+
+    def paint(size):
+        rng = generator(5)
+        return torch.cat([model.generate(part, generator=rng) for part in prompt.split(size)])
+
     assert (paint(10) == paint(1)).all() and (paint(10) == paint(4)).all()
-    assert (paint(6) != model.generate(prompt, generator=torch.Generator().manual_seed(6))).any()
+    assert (paint(6) != model.generate(prompt, generator=generator(6))).any()
 
 
 def test_dropout_is_for_training_alone():
     model, prompt = small(std=0.2, dropout=0.5).train(), images(2)[:, :SIDE]
-    paint = lambda **options: model.generate(prompt, generator=torch.Generator().manual_seed(3), **options)
+    paint = lambda **options: model.generate(prompt, generator=generator(3), **options)
     assert paint().equal(paint()) and paint().equal(paint(use_cache=False)) and model.training
 
 
 def test_a_model_in_half_precision_paints():
     # the prompt is long enough for the other way through the stem
     model, prompt = small('local column', tokens=4096, std=0.2).bfloat16(), images(3, side=64)[:, :4000]
-    painted = model.generate(prompt, 96, generator=torch.Generator().manual_seed(3))
+    painted = model.generate(prompt, 96, generator=generator(3))
     assert painted.shape == (3, 4096) and len(painted[:, 4000:].unique()) > 5
 
 
 def test_greedy_takes_the_likeliest_colour_whatever_the_noise():
     model, prompt = small(std=0.2), images(2)[:, :SIDE]
-    one, two = (model.generate(prompt, temperature=0, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+    one, two = (model.generate(prompt, temperature=0, generator=generator(seed)) for seed in (1, 2))
     assert (one == two).all()
     assert (model.logits(one).argmax(-1)[:, SIDE:] == one[:, SIDE:]).all()
 
@@ -463,9 +486,16 @@ def test_part_of_an_image_and_what_does_not_fit():
         small('ancestor').generate(torch.zeros(1, 0))
     with pytest.raises(ValueError, match='make it a multiple'):
         GPT(GPTConfig(n_embd=30, n_head=4))
-    for args, message in ((dict(attention='locl'), 'name the layers'), (dict(neighbours=25), 'from 0 to 24'), (dict(neighbours=3, start_embedding=False), 'need start_embedding'),
-                          (dict(attention='local', reach=-1), 'give 0, or how many'), (dict(attention='local full', reach=2), 'full attention sees everything'),
-                          (dict(attention='local', neighbours=12, reach=1), 'only the first 7 lie within reach=1'), (dict(attention='local', block_size=100), 'whole rows'), (dict(row_column_positions=True, block_size=100), 'whole rows')):
+    for args, message in (
+        (dict(attention='locl'), 'name the layers'),
+        (dict(neighbours=25), 'from 0 to 24'),
+        (dict(neighbours=3, start_embedding=False), 'need start_embedding'),
+        (dict(attention='local', reach=-1), 'give 0, or how many'),
+        (dict(attention='local full', reach=2), 'full attention sees everything'),
+        (dict(attention='local', neighbours=12, reach=1), 'only the first 7 lie within reach=1'),
+        (dict(attention='local', block_size=100), 'whole rows'),
+        (dict(row_column_positions=True, block_size=100), 'whole rows'),
+    ):
         with pytest.raises(ValueError, match=message):
             GPT(GPTConfig(**args))
 
@@ -475,9 +505,11 @@ def test_top_k_and_top_p_keep_the_likeliest():
     kept = lambda **options: filter_logits(logits, **options)[0].isfinite().nonzero().flatten().tolist()
     assert kept() == [0, 1, 2, 3, 4]
     assert kept(top_k=1) == [1] and kept(top_k=3) == [1, 2, 3] and kept(top_k=99) == [0, 1, 2, 3, 4]
-    assert kept(top_p=0.39) == [1] and kept(top_p=0.41) == [1, 2] and kept(top_p=0.7) == [1, 2, 3] and kept(top_p=1.0) == [0, 1, 2, 3, 4]
+    assert kept(top_p=0.39) == [1] and kept(top_p=0.41) == [1, 2]
+    assert kept(top_p=0.7) == [1, 2, 3] and kept(top_p=1.0) == [0, 1, 2, 3, 4]
     assert kept(temperature=0) == [1]
-    assert filter_logits(logits, temperature=0.5)[0].softmax(-1)[1] == pytest.approx(0.16 / (0.0025 + 0.16 + 0.0625 + 0.04 + 0.01))
+    squared = 0.0025 + 0.16 + 0.0625 + 0.04 + 0.01
+    assert filter_logits(logits, temperature=0.5)[0].softmax(-1)[1] == pytest.approx(0.16 / squared)
 
 
 def test_colours_are_drawn_as_often_as_they_are_likely():
@@ -493,7 +525,8 @@ def test_the_noise_is_gumbels_independent_and_stateless():
     assert noise.shape == (20, 3, 4096) and noise.isfinite().all()
     for at in (-1.0, 0.0, 1.0, 4.0):
         assert (noise < at).float().mean() == pytest.approx(math.exp(-math.exp(-at)), abs=0.004)
-    level = (noise > -math.log(math.log(2))).float() - 0.5  # a bit each: no two pixels, images or neighbouring colours know of each other
+    # a bit each: it says nothing about that of another pixel, image or neighbouring colour
+    level = (noise > -math.log(math.log(2))).float() - 0.5
     for other in (level.roll(1, 0), level.roll(1, 1), level.roll(1, 2), level.roll(7, 2)):
         assert (level * other).mean().abs() < 0.002
     assert gumbel_noise(seeds[1:], torch.arange(15, 17), 4096).equal(noise[5:7, 1:])

@@ -18,7 +18,12 @@ from PIL import Image
 
 import extras
 import prepare
-from conftest import ENV, SHARED, call, command
+from conftest import ENV, PIPED, call, command
+from helpers import PHOTOS, needs_photos
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
 
 
 def rows(folder, split):
@@ -27,7 +32,8 @@ def rows(folder, split):
 
 
 def digests(folder):
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ('train.bin', 'val.bin', 'meta.pkl', 'preview.png')}
+    names = ('train.bin', 'val.bin', 'meta.pkl', 'preview.png')
+    return {name: sha256((folder / name).read_bytes()) for name in names}
 
 
 @pytest.fixture(scope='module')
@@ -45,9 +51,11 @@ def pictures(tmp_path_factory):
 def test_synthetic_landscapes_are_the_same_on_every_machine():
     # the benchmark of this project: whoever draws it has these bytes. Not to be changed without changing its name
     drawn = np.stack([prepare.Synthetic(24, 1337, 64).picture(i) for i in range(24)])
-    assert hashlib.sha256(extras.pack_rgb(drawn).astype('<u2').tobytes()).hexdigest() == '9397c22ef465c3303fbb899776179c7ef186414c491176aa0ebc36f91b26e799'
+    digest = sha256(extras.pack_rgb(drawn).astype('<u2').tobytes())
+    assert digest == '9397c22ef465c3303fbb899776179c7ef186414c491176aa0ebc36f91b26e799'
     drawn = np.stack([prepare.Synthetic(24, 7, 32).picture(i) for i in range(24)])
-    assert hashlib.sha256(extras.pack_rgb(drawn).astype('<u2').tobytes()).hexdigest() == '17f2c6f5a193d1164ca12eac1c3c1f7f53f8af8a7e0e385d7582b3cccb6a255a'
+    digest = sha256(extras.pack_rgb(drawn).astype('<u2').tobytes())
+    assert digest == '17f2c6f5a193d1164ca12eac1c3c1f7f53f8af8a7e0e385d7582b3cccb6a255a'
 
 
 def test_synthetic_landscapes_have_sky_above_and_differ():
@@ -61,13 +69,14 @@ def test_synthetic_landscapes_have_sky_above_and_differ():
 
 def test_the_synthetic_set_is_pinned_as_a_file(tmp_path):
     call('prepare.py', '--source', 'synthetic', '--num_images', 50, '--size', 32, '--out_dir', tmp_path)
-    assert hashlib.sha256((tmp_path / 'train.bin').read_bytes()).hexdigest() == 'a3e7c50cf23307d9ab42ef7c42e0b36e489f990511890558e98cc51ace88e9ee'
-    assert hashlib.sha256((tmp_path / 'val.bin').read_bytes()).hexdigest() == '1488f4754d01d259ffc37671941c2fdc0fa2255eede0cfdd20e9933dde07954d'
+    made = digests(tmp_path)
+    assert made['train.bin'] == 'a3e7c50cf23307d9ab42ef7c42e0b36e489f990511890558e98cc51ace88e9ee'
+    assert made['val.bin'] == '1488f4754d01d259ffc37671941c2fdc0fa2255eede0cfdd20e9933dde07954d'
 
 
 def test_formats(pictures, tmp_path):
-    out = call('prepare.py', '--source', pictures, '--size', 24, '--out_dir', tmp_path / 'a' / 'b', '--val_fraction', 0.2)
     folder = tmp_path / 'a' / 'b'
+    out = call('prepare.py', '--source', pictures, '--size', 24, '--out_dir', folder, '--val_fraction', 0.2)
     assert sorted(os.listdir(folder)) == ['.lock', 'meta.pkl', 'preview.png', 'train.bin', 'val.bin']
     assert pickle.loads((folder / 'meta.pkl').read_bytes()) == dict(
         vocab_size=4096, height=24, width=24, tokens_per_image=576, bits_per_channel=4, order='raster',
@@ -78,15 +87,15 @@ def test_formats(pictures, tmp_path):
     with Image.open(folder / 'preview.png') as page:  # the first picture of the sheet is the first row of train.bin
         assert (extras.pack_rgb(np.asarray(page)[2:26, 2:26]).reshape(-1) == train[0]).all()
     # every picture of the source is there, once
-    ours = sorted(row.tobytes() for split in ('train', 'val') for row in rows(folder, split))
-    assert ours == sorted(extras.pack_rgb(extras.load_rgb(path, 24)).astype('<u2').tobytes() for path in prepare.find_files(str(pictures)))
+    assert tokens_of(folder) == tokens_from(prepare.find_files(str(pictures)), 24)
 
 
 def test_the_same_bytes_from_any_number_of_workers(pictures, tmp_path):
     made = []
     for workers in (0, 1, 3):
-        call('prepare.py', '--source', pictures, '--size', 24, '--out_dir', tmp_path / str(workers), '--workers', workers)
-        made.append(digests(tmp_path / str(workers)))
+        out_dir = tmp_path / str(workers)
+        call('prepare.py', '--source', pictures, '--size', 24, '--out_dir', out_dir, '--workers', workers)
+        made.append(digests(out_dir))
     assert made[0] == made[1] == made[2]
     call('prepare.py', '--source', pictures, '--size', 24, '--out_dir', tmp_path / 'seed', '--seed', 1)
     assert digests(tmp_path / 'seed')['train.bin'] != made[0]['train.bin']
@@ -169,9 +178,11 @@ def test_no_usable_picture_is_an_error_and_leaves_the_old_data(pictures, tmp_pat
 def test_an_interrupted_run_leaves_the_old_data(pictures, tmp_path, how):
     call('prepare.py', '--source', pictures, '--size', 16, '--out_dir', tmp_path)
     before = digests(tmp_path)
-    process = subprocess.Popen(command('prepare.py', '--source', 'synthetic', '--num_images', 5000, '--size', 64, '--out_dir', tmp_path, '--workers', 1),
-                               env=ENV, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # `make test &` ignores it, and so would a child
+    args = ['--source', 'synthetic', '--num_images', 5000, '--size', 64, '--out_dir', tmp_path, '--workers', 1]
+    # `make test &` ignores Ctrl-C, and so would a child
+    heed_ctrl_c = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command('prepare.py', *args), env=ENV, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=heed_ctrl_c)
     scratch = tmp_path / '.partial' / 'rows'
     while not (scratch.exists() and scratch.stat().st_size):
         assert process.poll() is None
@@ -180,7 +191,8 @@ def test_an_interrupted_run_leaves_the_old_data(pictures, tmp_path, how):
     # communicate() also waits for the workers, who hold the same stderr: they must not outlive their parent
     assert 'Traceback' not in process.communicate(timeout=30)[1] and process.returncode != 0
     assert digests(tmp_path) == before
-    call('prepare.py', '--source', 'synthetic', '--num_images', 20, '--size', 16, '--out_dir', tmp_path)  # nothing left in the way
+    # and nothing is left in the way
+    call('prepare.py', '--source', 'synthetic', '--num_images', 20, '--size', 16, '--out_dir', tmp_path)
     assert len(rows(tmp_path, 'train')) == 18 and '.partial' not in os.listdir(tmp_path)
 
 
@@ -189,18 +201,23 @@ def test_an_interrupted_run_leaves_the_old_data(pictures, tmp_path, how):
 
 @pytest.fixture(scope='module')
 def files(pictures):
-    return [(os.path.relpath(path, pictures), (pictures / path).read_bytes()) for path in prepare.find_files(str(pictures))]
+    paths = prepare.find_files(str(pictures))
+    return [(os.path.relpath(path, pictures), (pictures / path).read_bytes()) for path in paths]
+
+
+def write_table(path, columns, features=None):
+    import datasets
+    features = datasets.Features(features) if features else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(str(path))
 
 
 def save_parquet(path, files, kind, column='image'):
     import datasets
+    text, binary = datasets.Value('string'), datasets.Value('binary')
+    feature = {'image': datasets.Image(), 'bytes': binary, 'struct': {'bytes': binary, 'path': text}}[kind]
     cells = [{'bytes': data, 'path': name} if kind != 'bytes' else data for name, data in files]
-    features = {'text': datasets.Value('string'),
-                column: {'image': datasets.Image(), 'bytes': datasets.Value('binary'),
-                            'struct': {'bytes': datasets.Value('binary'), 'path': datasets.Value('string')}}[kind]}
-    table = datasets.Dataset.from_dict({'text': [name for name, _ in files], column: cells}, features=datasets.Features(features))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table.to_parquet(str(path))
+    write_table(path, {'text': [name for name, _ in files], column: cells}, {'text': text, column: feature})
 
 
 @pytest.mark.parametrize('column', ['image', 'picture'])
@@ -229,23 +246,28 @@ def test_a_data_set_of_the_hubs_shape_with_odd_splits(pictures, files, tmp_path)
 
 @pytest.mark.parametrize('layout', ['imagefolder', 'parquet'])
 def test_a_repository_in_the_very_shape_of_the_default_data_set(tmp_path, layout, monkeypatch):
-    # Nature-Landscape: 512x512 PNG, the columns image and text, an image folder with metadata.jsonl; through load_dataset, as from the Hub
+    # Nature-Landscape: 512x512 PNG, the columns image and text, an image folder with metadata.jsonl;
+    # through load_dataset, as from the Hub
     import datasets
     drawn, repo = prepare.Synthetic(4, 0, 512), tmp_path / 'ferrariedhgs' / 'Nature-Landscape'
     repo.mkdir(parents=True)
     for i in range(4):
         drawn.picture(i).save(repo / f'image_{i}.png')
-    (repo / 'metadata.jsonl').write_text(''.join(json.dumps({'file_name': f'image_{i}.png', 'text': 'a landscape'}) + '\n' for i in range(4)))
+    lines = [json.dumps({'file_name': f'image_{i}.png', 'text': 'a landscape'}) + '\n' for i in range(4)]
+    (repo / 'metadata.jsonl').write_text(''.join(lines))
     (repo / 'README.md').write_text('---\nlicense: apache-2.0\n---\n# Nature-Landscape\n')
     splits = datasets.load_dataset(str(repo), cache_dir=str(tmp_path / 'cache'))
     if layout == 'parquet':  # as the Hub converts it
         splits['train'].to_parquet(str(tmp_path / 'converted' / 'default' / 'train' / '0000.parquet'))
         splits = datasets.load_dataset(str(tmp_path / 'converted' / 'default'), cache_dir=str(tmp_path / 'cache'))
-    assert list(splits) == ['train'] and list(splits['train'].features) == ['image', 'text'] and isinstance(splits['train'].features['image'], datasets.Image)
+    features = splits['train'].features
+    assert list(splits) == ['train'] and list(features) == ['image', 'text']
+    assert isinstance(features['image'], datasets.Image)
     # by its name, as from the Hub: load_dataset takes a folder of that name for it
     monkeypatch.chdir(tmp_path if layout == 'imagefolder' else tmp_path / 'converted')
     name = 'ferrariedhgs/Nature-Landscape' if layout == 'imagefolder' else 'default'
-    (table,) = prepare.open_tables(name, argparse.Namespace(column=None, config=None), cache_dir=str(tmp_path / 'cache'))
+    args = argparse.Namespace(column=None, config=None)
+    (table,) = prepare.open_tables(name, args, cache_dir=str(tmp_path / 'cache'))
     assert table.name(3) == 'row 3 of train'
     assert len(table) == 4
     for i in range(4):
@@ -257,12 +279,13 @@ def test_a_repository_in_the_very_shape_of_the_default_data_set(tmp_path, layout
 def test_bad_cells_of_a_table_are_named(files, tmp_path):
     save_parquet(tmp_path / 'a.parquet', [*files[:4], ('bad', b'no picture'), ('empty', None)], 'bytes')
     out = call('prepare.py', '--source', tmp_path / 'a.parquet', '--size', 16, '--out_dir', tmp_path / 'out')
-    assert 'skipped row 4 of rows (UnidentifiedImageError' in out and 'skipped row 5 of rows (ValueError: empty cell)' in out
+    assert 'skipped row 4 of rows (UnidentifiedImageError' in out
+    assert 'skipped row 5 of rows (ValueError: empty cell)' in out
 
 
 def test_a_table_without_pictures(tmp_path):
-    import datasets
-    datasets.Dataset.from_dict({'url': [f'https://example.invalid/{i}.png' for i in range(3)], 'text': list('abc')}).to_parquet(str(tmp_path / 'a.parquet'))
+    urls = [f'https://example.invalid/{i}.png' for i in range(3)]
+    write_table(tmp_path / 'a.parquet', {'url': urls, 'text': list('abc')})
     out = call('prepare.py', '--source', tmp_path / 'a.parquet', '--out_dir', tmp_path / 'out', code=1)
     assert "no column of images among ['text', 'url']" in out and 'addresses has to be fetched' in out
 
@@ -273,13 +296,14 @@ def tokens_of(folder, split=None):
 
 
 def tokens_from(pictures, size=16):
-    return sorted(extras.pack_rgb(extras.load_rgb(picture, size)).reshape(-1).astype('<u2').tobytes() for picture in pictures)
+    """The same of picture files."""
+    tokens = (extras.pack_rgb(extras.load_rgb(picture, size)).astype('<u2') for picture in pictures)
+    return sorted(image.tobytes() for image in tokens)
 
 
-def write_table(path, columns, features=None):
-    import datasets
-    path.parent.mkdir(parents=True, exist_ok=True)
-    datasets.Dataset.from_dict(columns, features=datasets.Features(features) if features else None).to_parquet(str(path))
+def tokens_in(files):
+    """The same of (name, bytes of a picture file)."""
+    return tokens_from(io.BytesIO(data) for _, data in files)
 
 
 def flat_png(level):
@@ -291,37 +315,46 @@ def flat_png(level):
 @pytest.mark.parametrize('first', ['mask', 'md5', 'chosen'])
 def test_the_column_is_chosen_by_what_is_in_it(pictures, files, tmp_path, first):
     import datasets
-    count, images = 8, [{'bytes': data, 'path': None} for _, data in files[:8]]
-    before = {'mask': [{'bytes': flat_png(i % 4 * 80), 'path': None} for i in range(count)], 'md5': [hashlib.md5(data).digest() for _, data in files[:8]],
-              'chosen': [{'bytes': data, 'path': None} for _, data in files[8:16]]}[first]
+    images = [{'bytes': data, 'path': None} for _, data in files[:8]]
+    before = {
+        'mask': [{'bytes': flat_png(i % 4 * 80), 'path': None} for i in range(8)],
+        'md5': [hashlib.md5(data).digest() for _, data in files[:8]],
+        'chosen': [{'bytes': data, 'path': None} for _, data in files[8:16]],
+    }[first]
     kind = datasets.Value('binary') if first == 'md5' else datasets.Image()
     write_table(tmp_path / 'a.parquet', {first: before, 'image': images}, {first: kind, 'image': datasets.Image()})
     out = call('prepare.py', '--source', tmp_path / 'a.parquet', '--size', 16, '--out_dir', tmp_path / 'out')
     expected = files[8:16] if first == 'chosen' else files[:8]  # of two columns of photographs, the first one
-    assert tokens_of(tmp_path / 'out') == tokens_from(io.BytesIO(data) for _, data in expected)
+    assert tokens_of(tmp_path / 'out') == tokens_in(expected)
     assert ('pictures of the column' in out) == (first != 'md5')
     if first == 'chosen':
         assert 'for others  --column image' in out
-        call('prepare.py', '--source', tmp_path / 'a.parquet', '--size', 16, '--out_dir', tmp_path / 'out', '--column', 'image')
-        assert tokens_of(tmp_path / 'out') == tokens_from(io.BytesIO(data) for _, data in files[:8])
-    assert f'--column=photo: there is {", ".join(sorted([first, "image"]))}' in call(
-        'prepare.py', '--source', tmp_path / 'a.parquet', '--out_dir', tmp_path / 'out', '--column', 'photo', code=1)
+        call('prepare.py', '--source', tmp_path / 'a.parquet', '--size', 16, '--out_dir', tmp_path / 'out',
+             '--column', 'image')
+        assert tokens_of(tmp_path / 'out') == tokens_in(files[:8])
+    out = call('prepare.py', '--source', tmp_path / 'a.parquet', '--out_dir', tmp_path / 'out', '--column', 'photo',
+               code=1)
+    assert f'--column=photo: there is {", ".join(sorted([first, "image"]))}' in out
 
 
 @pytest.mark.parametrize('kind', ['list of images', 'list of bytes', 'pixels', 'pixels, colours first', 'Array3D'])
 def test_lists_of_images_and_lists_of_pixels(files, tmp_path, kind):
     import datasets
     small = [np.asarray(Image.open(io.BytesIO(data)).convert('RGB').resize((16, 16))) for _, data in files[:6]]
-    cells, feature, expected = {
-        'list of images': ([[{'bytes': data, 'path': None} for _, data in files[i:i + n]] for i, n in ((0, 3), (3, 0), (3, 2))],
-                           datasets.Sequence(datasets.Image()), [io.BytesIO(data) for _, data in files[:5]]),
-        'list of bytes': ([[data] for _, data in files[:5]], datasets.Sequence(datasets.Value('binary')), [io.BytesIO(data) for _, data in files[:5]]),
-        'pixels': ([image.tolist() for image in small], None, map(Image.fromarray, small)),
-        'pixels, colours first': ([image.transpose(2, 0, 1).tolist() for image in small], None, map(Image.fromarray, small)),
-        'Array3D': (small, datasets.Array3D((16, 16, 3), 'uint8'), map(Image.fromarray, small))}[kind]
-    write_table(tmp_path / 'a.parquet', {'x': cells, 'label': list(range(len(cells)))}, {'x': feature, 'label': datasets.Value('int64')} if feature else None)
+    images = [{'bytes': data, 'path': None} for _, data in files[:5]]
+    cells, feature = {
+        'list of images': ([images[:3], [], images[3:]], datasets.Sequence(datasets.Image())),
+        'list of bytes': ([[data] for _, data in files[:5]], datasets.Sequence(datasets.Value('binary'))),
+        'pixels': ([image.tolist() for image in small], None),
+        'pixels, colours first': ([image.transpose(2, 0, 1).tolist() for image in small], None),
+        'Array3D': (small, datasets.Array3D((16, 16, 3), 'uint8')),
+    }[kind]
+    columns = {'x': cells, 'label': list(range(len(cells)))}
+    features = {'x': feature, 'label': datasets.Value('int64')} if feature else None
+    write_table(tmp_path / 'a.parquet', columns, features)
     call('prepare.py', '--source', tmp_path / 'a.parquet', '--size', 16, '--out_dir', tmp_path / 'out')
-    assert tokens_of(tmp_path / 'out') == tokens_from(expected)
+    expected = tokens_in(files[:5]) if kind.startswith('list') else tokens_from(map(Image.fromarray, small))
+    assert tokens_of(tmp_path / 'out') == expected
 
 
 def test_a_clone_of_a_hub_repository(pictures, files, tmp_path):
@@ -333,25 +366,31 @@ def test_a_clone_of_a_hub_repository(pictures, files, tmp_path):
     for name, data in files[20:22]:
         (repo / 'assets' / os.path.basename(name)).write_bytes(data)
     out = call('prepare.py', '--source', repo, '--size', 16, '--out_dir', tmp_path / 'out')
-    assert tokens_of(tmp_path / 'out') == tokens_from(io.BytesIO(data) for _, data in files[:15])
+    assert tokens_of(tmp_path / 'out') == tokens_in(files[:15])
     assert 'not used: 2 files (beside parquet files)' in out and f"--source '{repo}/assets/*." in out
     # its splits have the names that the Hub gives them
     call('prepare.py', '--source', repo, '--val_source', 'test', '--size', 16, '--out_dir', tmp_path / 'out')
-    assert tokens_of(tmp_path / 'out', 'val') == tokens_from(io.BytesIO(data) for _, data in files[10:15])
-    assert '--val_source tset is no file, no folder and none of the splits test, train' in call(
-        'prepare.py', '--source', repo, '--val_source', 'tset', '--out_dir', tmp_path / 'out', code=1)
+    assert tokens_of(tmp_path / 'out', 'val') == tokens_in(files[10:15])
+    out = call('prepare.py', '--source', repo, '--val_source', 'tset', '--out_dir', tmp_path / 'out', code=1)
+    assert '--val_source tset is no file, no folder and none of the splits test, train' in out
     # the layout of the Hub's own conversions
     for split in ('train', 'test'):
-        (tmp_path / 'default' / split).mkdir(parents=True)
-        (tmp_path / 'default' / split / '0000.parquet').write_bytes((repo / 'data' / f'{split}-00000-of-00001.parquet').read_bytes())
-    call('prepare.py', '--source', tmp_path / 'default', '--val_source', 'test', '--size', 16, '--out_dir', tmp_path / 'out')
-    assert tokens_of(tmp_path / 'out', 'val') == tokens_from(io.BytesIO(data) for _, data in files[10:15])
+        folder = tmp_path / 'default' / split
+        folder.mkdir(parents=True)
+        table = repo / 'data' / f'{split}-00000-of-00001.parquet'
+        (folder / '0000.parquet').write_bytes(table.read_bytes())
+    call('prepare.py', '--source', tmp_path / 'default', '--val_source', 'test', '--size', 16,
+         '--out_dir', tmp_path / 'out')
+    assert tokens_of(tmp_path / 'out', 'val') == tokens_in(files[10:15])
     # several configurations, as its card says
     save_parquet(repo / 'more' / 'train.parquet', files[15:20], 'image')
-    (repo / 'README.md').write_text('---\nconfigs:\n- config_name: main\n  data_files: data/*.parquet\n- config_name: more\n  data_files: more/*.parquet\n---\n')
-    assert f'{repo}: choose one of its configurations, --config main, more' in call('prepare.py', '--source', repo, '--out_dir', tmp_path / 'out', code=1)
+    configs = [f'- config_name: {name}\n  data_files: {folder}/*.parquet\n'
+               for name, folder in (('main', 'data'), ('more', 'more'))]
+    (repo / 'README.md').write_text('---\nconfigs:\n' + ''.join(configs) + '---\n')
+    out = call('prepare.py', '--source', repo, '--out_dir', tmp_path / 'out', code=1)
+    assert f'{repo}: choose one of its configurations, --config main, more' in out
     call('prepare.py', '--source', repo, '--config', 'more', '--size', 16, '--out_dir', tmp_path / 'out')
-    assert tokens_of(tmp_path / 'out') == tokens_from(io.BytesIO(data) for _, data in files[15:20])
+    assert tokens_of(tmp_path / 'out') == tokens_in(files[15:20])
     (repo / 'README.md').write_text('---\nlicense: mit\n---\nA card that explains cards:\nconfigs:\n')
     assert not prepare.has_configurations(repo)
 
@@ -363,9 +402,10 @@ def test_parquet_files_that_are_hard_to_name(files, tmp_path):
     os.rename(tmp_path / 'a.parquet', hard)
     for source in (tmp_path, os.path.join(tmp_path, '*', '*.PARQUET')):
         call('prepare.py', '--source', source, '--size', 16, '--out_dir', tmp_path / 'out')
-        assert tokens_of(tmp_path / 'out') == tokens_from(io.BytesIO(data) for _, data in files[:9])
+        assert tokens_of(tmp_path / 'out') == tokens_in(files[:9])
     os.truncate(hard, 3000)  # a broken download is never half used
-    assert 'is no whole parquet file' in call('prepare.py', '--source', tmp_path, '--size', 16, '--out_dir', tmp_path / 'out', code=1)
+    out = call('prepare.py', '--source', tmp_path, '--size', 16, '--out_dir', tmp_path / 'out', code=1)
+    assert 'is no whole parquet file' in out
 
 
 # -----------------------------------------------------------------------------
@@ -374,27 +414,35 @@ def test_parquet_files_that_are_hard_to_name(files, tmp_path):
 def test_files_are_pictures_by_content_whatever_their_names(files, tmp_path):
     folder = tmp_path / 'in' / 'a [b] c'
     folder.mkdir(parents=True)
-    formats = ['a.jfif JPEG', 'b.JPE JPEG', 'c.avif AVIF', 'd.jp2 JPEG2000', 'e.ppm PPM', 'f.tga TGA', 'g.apng PNG', 'noending JPEG', 'i.ico ICO', 'wrong.txt PNG']
-    for (_, data), (name, kind) in zip(files, map(str.split, formats)):
+    formats = {
+        'a.jfif': 'JPEG', 'b.JPE': 'JPEG', 'c.avif': 'AVIF', 'd.jp2': 'JPEG2000', 'e.ppm': 'PPM',
+        'f.tga': 'TGA', 'g.apng': 'PNG', 'noending': 'JPEG', 'i.ico': 'ICO', 'wrong.txt': 'PNG',
+    }
+    for (_, data), (name, kind) in zip(files, formats.items()):
         Image.open(io.BytesIO(data)).convert('RGB').save(folder / name, kind)
     os.rename(folder / 'a.jfif', os.fsencode(folder) + b'/caf\xe9.jfif')
     open(os.fsencode(folder) + b'/caf\xe9.png', 'w').write('no picture')
-    (folder / 'notes.md').write_text('words'), (folder / 'paper.pdf').write_bytes(b'%PDF-1.4'), (folder / 'noise').write_bytes(bytes(1000))
+    (folder / 'notes.md').write_text('words')
+    (folder / 'paper.pdf').write_bytes(b'%PDF-1.4')
+    (folder / 'noise').write_bytes(bytes(1000))
     os.mkfifo(folder / 'pipe.png')
     out = call('prepare.py', '--source', tmp_path / 'in', '--size', 16, '--out_dir', tmp_path / 'out')
-    assert '10 images' in out and '1 unreadable' in out and 'skipped' in out and 'not used: 4 files (no pictures)' in out
+    assert '10 images' in out and '1 unreadable' in out and 'skipped' in out
+    assert 'not used: 4 files (no pictures)' in out
     assert len(set(tokens_of(tmp_path / 'out'))) == 10
 
 
 def test_linked_folders_are_followed_once(pictures, files, tmp_path):
-    (tmp_path / 'up' / 'in' / 'deep').mkdir(parents=True)
-    (tmp_path / 'up' / 'secret.png').write_bytes(files[0][1])
-    (tmp_path / 'up' / 'in' / 'photos').symlink_to(pictures)
-    (tmp_path / 'up' / 'in' / 'deep' / 'photos').symlink_to(pictures)
-    (tmp_path / 'up' / 'in' / 'deep' / 'loop').symlink_to(tmp_path / 'up' / 'in')
-    (tmp_path / 'up' / 'in' / 'deep' / 'above').symlink_to(tmp_path / 'up')
-    found = prepare.find_files(str(tmp_path / 'up' / 'in'))
-    assert len(found) == 30 and {os.path.realpath(path) for path in found} == {os.path.realpath(path) for path in prepare.find_files(str(pictures))}
+    above = tmp_path / 'up'
+    source = above / 'in'
+    (source / 'deep').mkdir(parents=True)
+    (above / 'secret.png').write_bytes(files[0][1])
+    (source / 'photos').symlink_to(pictures)
+    (source / 'deep' / 'photos').symlink_to(pictures)
+    (source / 'deep' / 'loop').symlink_to(source)
+    (source / 'deep' / 'above').symlink_to(above)
+    found, once = prepare.find_files(str(source)), prepare.find_files(str(pictures))
+    assert len(found) == 30 and set(map(os.path.realpath, found)) == set(map(os.path.realpath, once))
 
 
 def test_output_inside_the_source_is_no_source(files, tmp_path):
@@ -409,38 +457,49 @@ def test_num_images_are_picked_at_random_over_all_folders(tmp_path):
     for colour, folder in enumerate('abc'):
         (tmp_path / 'in' / folder).mkdir(parents=True)
         for i in range(20):
-            Image.new('RGB', (8, 8), tuple((100 + 16 * (i % 8)) * (c == colour) for c in range(3))).save(tmp_path / 'in' / folder / f'{i}.png')
-    out = call('prepare.py', '--source', tmp_path / 'in', '--size', 8, '--num_images', 20, '--out_dir', tmp_path / 'out')
+            rgb = [0, 0, 0]
+            rgb[colour] = 100 + 16 * (i % 8)
+            Image.new('RGB', (8, 8), tuple(rgb)).save(tmp_path / 'in' / folder / f'{i}.png')
+    out = call('prepare.py', '--source', tmp_path / 'in', '--size', 8, '--num_images', 20,
+               '--out_dir', tmp_path / 'out')
     assert '20 of 60 images, picked at random by --seed' in out
     tokens = np.concatenate([rows(tmp_path / 'out', split)[:, 0] for split in ('train', 'val')])
     assert len(tokens) == 20 and all((tokens & channel).any() for channel in (0xF00, 0x0F0, 0x00F))
 
 
 def test_several_sources_and_validation_images_of_ones_own(files, tmp_path):
-    for folder, part in (('a', files[:8]), ('b', files[8:16]), ('c', files[14:20])):  # c repeats two pictures of b
-        (tmp_path / folder).mkdir()
+    a, b, c = (tmp_path / name for name in 'abc')
+    for folder, part in ((a, files[:8]), (b, files[8:16]), (c, files[14:20])):  # c repeats two pictures of b
+        folder.mkdir()
         for name, data in part:
-            (tmp_path / folder / os.path.basename(name)).write_bytes(data)
-    expected = lambda part: tokens_from(io.BytesIO(data) for _, data in part)
-    save_parquet(tmp_path / 't.parquet', files[20:25], 'image')
-    call('prepare.py', '--source', tmp_path / 'a', tmp_path / 'b', tmp_path / 't.parquet', '--size', 16, '--out_dir', tmp_path / 'out')
-    assert tokens_of(tmp_path / 'out') == expected(files[:16] + files[20:25])
-    out = call('prepare.py', '--source', tmp_path / 'a', tmp_path / 'b', '--val_source', tmp_path / 'c', '--size', 16, '--out_dir', tmp_path / 'out')
-    assert tokens_of(tmp_path / 'out', 'train') == expected(files[:14]) and tokens_of(tmp_path / 'out', 'val') == expected(files[14:20])
-    assert '2 images of --source stand in --val_source too' in out
-    (tmp_path / 'a' / 'held out').mkdir()  # a folder of the source
-    (tmp_path / 'c' / os.path.basename(files[19][0])).rename(tmp_path / 'a' / 'held out' / 'x.png')
-    call('prepare.py', '--source', tmp_path / 'a', '--val_source', 'held out', '--size', 16, '--out_dir', tmp_path / 'out2')
-    assert tokens_of(tmp_path / 'out2', 'train') == expected(files[:8]) and tokens_of(tmp_path / 'out2', 'val') == expected(files[19:20])
-    (tmp_path / 'a' / 'held out' / 'x.png').rename(tmp_path / 'c' / 'x.png')
+            (folder / os.path.basename(name)).write_bytes(data)
+    table = tmp_path / 't.parquet'
+    save_parquet(table, files[20:25], 'image')
+
+    def both_splits(name):
+        return [tokens_of(tmp_path / name, split) for split in ('train', 'val')]
+
+    call('prepare.py', '--source', a, b, table, '--size', 16, '--out_dir', tmp_path / 'out')
+    assert tokens_of(tmp_path / 'out') == tokens_in(files[:16] + files[20:25])
+    out = call('prepare.py', '--source', a, b, '--val_source', c, '--size', 16, '--out_dir', tmp_path / 'out')
+    assert both_splits('out') == [tokens_in(files[:14]), tokens_in(files[14:20])]
+    assert '2 images of --source are in --val_source too' in out
+    (a / 'held out').mkdir()  # a folder of the source
+    (c / os.path.basename(files[19][0])).rename(a / 'held out' / 'x.png')
+    call('prepare.py', '--source', a, '--val_source', 'held out', '--size', 16, '--out_dir', tmp_path / 'out2')
+    assert both_splits('out2') == [tokens_in(files[:8]), tokens_in(files[19:20])]
+    (a / 'held out' / 'x.png').rename(c / 'x.png')
     # what prepare.py has made is a source too; its validation images stay what they were
-    out = call('prepare.py', '--source', tmp_path / 't.parquet', tmp_path / 'out', '--val_source', *sorted((tmp_path / 'c').iterdir()), '--size', 16, '--out_dir', tmp_path / 'out2')
-    assert tokens_of(tmp_path / 'out2', 'train') == expected(files[:14] + files[20:25]) and tokens_of(tmp_path / 'out2', 'val') == expected(files[14:20])
+    out = call('prepare.py', '--source', table, tmp_path / 'out', '--val_source', *sorted(c.iterdir()),
+               '--size', 16, '--out_dir', tmp_path / 'out2')
+    assert both_splits('out2') == [tokens_in(files[:14] + files[20:25]), tokens_in(files[14:20])]
     assert 'no usable image in --val_source' not in out
     for val_source in (tmp_path / 'out', 'val'):
-        call('prepare.py', '--source', tmp_path / 't.parquet', tmp_path / 'out', '--val_source', val_source, '--size', 16, '--out_dir', tmp_path / 'out3')
-        assert [tokens_of(tmp_path / 'out3', split) for split in ('train', 'val')] == [tokens_of(tmp_path / 'out2', split) for split in ('train', 'val')]
-    assert 'not in --val_source too' in call('prepare.py', '--source', tmp_path / 'a', '--val_source', tmp_path / 'a', '--out_dir', tmp_path / 'x', code=1)
+        call('prepare.py', '--source', table, tmp_path / 'out', '--val_source', val_source, '--size', 16,
+             '--out_dir', tmp_path / 'out3')
+        assert both_splits('out3') == both_splits('out2')
+    out = call('prepare.py', '--source', a, '--val_source', a, '--out_dir', tmp_path / 'x', code=1)
+    assert 'not in --val_source too' in out
 
 
 def test_oblong_pictures(files, tmp_path):
@@ -463,9 +522,10 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_data(pictures, tmp_path):
     call('prepare.py', '--source', pictures, '--size', 16, '--out_dir', tmp_path)
     before = digests(tmp_path)
     small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # a disk with room for 200 kB
-    made = subprocess.run(command('prepare.py', '--source', 'synthetic', '--num_images', 100, '--size', 64, '--out_dir', tmp_path), env=ENV, preexec_fn=small,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert made.returncode == 1 and made.stdout.splitlines()[-1].startswith(f'error: no room in {tmp_path} (') and 'Traceback' not in made.stdout
+    args = ['--source', 'synthetic', '--num_images', 100, '--size', 64, '--out_dir', tmp_path]
+    made = subprocess.run(command('prepare.py', *args), **PIPED, preexec_fn=small)
+    assert made.returncode == 1 and 'Traceback' not in made.stdout
+    assert made.stdout.splitlines()[-1].startswith(f'error: no room in {tmp_path} (')
     assert digests(tmp_path) == before and '.partial' not in os.listdir(tmp_path)
 
 
@@ -477,7 +537,7 @@ def test_two_that_prepare_one_folder(pictures, tmp_path):
     call('prepare.py', '--source', pictures, '--size', 16, '--out_dir', tmp_path)
 
 
-@pytest.mark.skipif(not (SHARED / 'photos_mixed').is_dir(), reason='no photographs here')
+@needs_photos
 def test_photographs_of_many_kinds(tmp_path):
-    out = call('prepare.py', '--source', SHARED / 'photos_mixed', '--out_dir', tmp_path)
+    out = call('prepare.py', '--source', PHOTOS, '--out_dir', tmp_path)
     assert '9 images of 64x64' in out and '0 unreadable' in out

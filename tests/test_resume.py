@@ -15,11 +15,21 @@ import torch
 
 import extras
 import train
-from conftest import ENV, FLAT, ROOT, TINY, call, command
-from test_train import load, log, run, same
+from conftest import ENV, PIPED, RECOMMENDED, ROOT, TINY, call, command, torchrun
+from helpers import load, log, run, same
 
 # -----------------------------------------------------------------------------
 # resuming
+
+def assert_same_run(a, b, last='ckpt40.pt'):
+    """To the last bit; and b is finished, with nothing left over."""
+    one, other = load(a / last), load(b / last)
+    for part in ('model', 'training_model', 'optimizer', 'muon', 'scaler', 'best_val_loss', 'iter_num'):
+        assert same(one[part], other[part]), part
+    timeless = lambda out: [{key: value for key, value in row.items() if key != 'seconds'} for row in log(out)]
+    assert timeless(a) == timeless(b)
+    assert not (b / 'ckpt_latest.pt').exists() and not list(b.rglob('*.partial'))
+
 
 def size_of(path):
     try:
@@ -37,30 +47,30 @@ def kill_when(process, condition):
     process.wait()
 
 
-@pytest.mark.parametrize('model', [[], [*FLAT, '--average=0.2']], ids=['plain', 'flat'])
+@pytest.mark.parametrize('model', [[], [*RECOMMENDED, '--average=0.2']], ids=['plain', 'recommended'])
 def test_resuming_after_kill_9_is_exact(data, tmp_path, model):
     # with dropout, so that the random numbers count as well
     args = [*TINY, *model, f'--data_dir={data}', '--dropout=0.1', '--max_iters=20', '--eval_interval=10']
-    call('train.py', *args, f'--out_dir={tmp_path}/whole')
-    process = subprocess.Popen(command('train.py', *args, f'--out_dir={tmp_path}/killed'), env=ENV, stdout=subprocess.PIPE, text=True)
-    kill_when(process, (tmp_path / 'killed' / 'ckpt10.pt').exists)
-    assert not (tmp_path / 'killed' / 'ckpt20.pt').exists()
-    out = call('train.py', *args, f'--out_dir={tmp_path}/killed', '--init_from=resume')
+    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+    call('train.py', *args, f'--out_dir={whole}')
+    process = subprocess.Popen(command('train.py', *args, f'--out_dir={killed}'), **PIPED)
+    kill_when(process, (killed / 'ckpt10.pt').exists)
+    assert not (killed / 'ckpt20.pt').exists()
+    out = call('train.py', *args, f'--out_dir={killed}', '--init_from=resume')
     assert 'ckpt10.pt, iteration 10' in out
-    whole, killed = load(tmp_path / 'whole' / 'ckpt20.pt'), load(tmp_path / 'killed' / 'ckpt20.pt')
-    for part in ('model', 'training_model', 'optimizer', 'muon', 'scaler', 'best_val_loss', 'iter_num'):
-        assert same(whole[part], killed[part]), part
-    strip = lambda out: [{k: v for k, v in row.items() if k != 'seconds'} for row in log(out)]
-    assert strip(tmp_path / 'whole') == strip(tmp_path / 'killed')
-    assert (tmp_path / 'whole' / 'images' / 'output20.png').read_bytes() == (tmp_path / 'killed' / 'images' / 'output20.png').read_bytes()
+    assert_same_run(whole, killed, last='ckpt20.pt')
+    assert (whole / 'images' / 'output20.png').read_bytes() == (killed / 'images' / 'output20.png').read_bytes()
 
 
 def test_kill_9_while_a_checkpoint_is_written_leaves_the_earlier_one(tmp_path):
     path = tmp_path / 'ckpt.pt'
-    code = ("import sys, torch, extras\n"
-            "for i in range(1000): extras.save_checkpoint({'model': {'w': torch.full((40_000_000,), float(i))}}, sys.argv[1])")
+    code = '''
+import sys, torch, extras
+for i in range(1000):
+    extras.save_checkpoint({'model': {'w': torch.full((40_000_000,), float(i))}}, sys.argv[1])
+'''
     for trial in range(3):
-        process = subprocess.Popen([sys.executable, '-c', code, str(path)], env=ENV, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen([sys.executable, '-c', code, str(path)], **PIPED, cwd=ROOT)
         partial = lambda: next(tmp_path.glob('ckpt.pt.*.partial'), None)
         kill_when(process, lambda: path.exists() and 0 < size_of(partial()) < 150_000_000)
         assert 0 < size_of(partial()) < 160_000_000  # really in the middle
@@ -75,7 +85,8 @@ def test_resume_takes_the_furthest_checkpoint_whatever_its_time(data, tmp_path):
     os.utime(tmp_path / 'ckpt4.pt', (1, 1))
     (tmp_path / 'ckpt9.pt').write_bytes((tmp_path / 'ckpt4.pt').read_bytes()[:1000])  # cut short in copying
     for start in ('resume', tmp_path):
-        assert 'ckpt4.pt has done all 4 iterations' in run(data, tmp_path, '--max_iters=4', f'--init_from={start}', code=1)
+        out = run(data, tmp_path, '--max_iters=4', f'--init_from={start}', code=1)
+        assert 'ckpt4.pt has done all 4 iterations' in out
     assert 'ckpt4.pt, iteration 4' in run(data, tmp_path / 'on', '--max_iters=5', f'--init_from={tmp_path}')
 
 
@@ -88,43 +99,58 @@ def test_two_runs_in_one_folder_are_not_mixed(data, trained, tmp_path):
 
 
 def test_resuming_with_another_seed_is_said(data, trained, tmp_path):
-    assert 'seed was 1337, is 7' in run(data, tmp_path, f'--init_from={trained}/ckpt20.pt', '--max_iters=21', '--seed=7')
+    out = run(data, tmp_path, f'--init_from={trained}/ckpt20.pt', '--max_iters=21', '--seed=7')
+    assert 'seed was 1337, is 7' in out
 
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path):
     # a limit on the size of files is a disk that is full at that point
     extras.save_checkpoint({'model': torch.zeros(1000)}, tmp_path / 'a.pt')
-    code = ("import errno, resource, signal, sys, torch, extras\n"
-            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-            "extras.run(lambda: extras.save_checkpoint({'model': torch.ones(1_000_000)}, sys.argv[1]))")
-    done = subprocess.run([sys.executable, '-c', code, str(tmp_path / 'a.pt')], env=ENV, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.returncode == 1 and done.stdout.startswith(f'error: no room in {tmp_path} (') and len(done.stdout.splitlines()) == 1
+    code = '''
+import resource, signal, sys, torch, extras
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+extras.run(lambda: extras.save_checkpoint({'model': torch.ones(1_000_000)}, sys.argv[1]))
+'''
+    done = subprocess.run([sys.executable, '-c', code, str(tmp_path / 'a.pt')], **PIPED, cwd=ROOT)
+    assert done.returncode == 1 and done.stdout.startswith(f'error: no room in {tmp_path} (')
+    assert len(done.stdout.splitlines()) == 1
     assert len(load(tmp_path / 'a.pt')['model']) == 1000 and os.listdir(tmp_path) == ['a.pt']
 
 
 def test_two_processes_that_write_one_path_do_not_meet(tmp_path):
-    code = ("import sys, torch, extras\n"
-            "for i in range(40): extras.save_checkpoint({'w': torch.full((200_000,), float(sys.argv[2]))}, sys.argv[1])")
-    writers = [subprocess.Popen([sys.executable, '-c', code, str(tmp_path / 'a.pt'), str(n)], env=ENV, cwd=ROOT, stderr=subprocess.PIPE, text=True) for n in (1, 2)]
+    code = '''
+import sys, torch, extras
+for i in range(40):
+    extras.save_checkpoint({'w': torch.full((200_000,), float(sys.argv[2]))}, sys.argv[1])
+'''
+    write = lambda n: subprocess.Popen([sys.executable, '-c', code, str(tmp_path / 'a.pt'), str(n)],
+                                       env=ENV, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    writers = [write(1), write(2)]
     while any(writer.poll() is None for writer in writers):
         if (tmp_path / 'a.pt').exists():
             assert load(tmp_path / 'a.pt')['w'].unique().numel() == 1
-    assert [writer.communicate()[1] for writer in writers] == ['', ''] and os.listdir(tmp_path) == ['a.pt']
+    assert [writer.communicate()[1] for writer in writers] == ['', '']
+    assert os.listdir(tmp_path) == ['a.pt']
 
 
 def test_resuming_with_another_optimizer_is_a_mistake(data, tmp_path):
     run(data, tmp_path, '--max_iters=2', '--muon_lr=0.02')
     out = run(data, tmp_path, '--max_iters=3', '--init_from=resume', code=1)
     assert 'was trained with Muon: resume with --muon_lr=more than 0' in out and 'Traceback' not in out
-    run(data, tmp_path / 'without', '--max_iters=2')
-    assert 'without Muon: resume with --muon_lr=0' in run(data, tmp_path / 'without', '--max_iters=3', '--init_from=resume', '--muon_lr=0.02', code=1)
+    without = tmp_path / 'without'
+    run(data, without, '--max_iters=2')
+    out = run(data, without, '--max_iters=3', '--init_from=resume', '--muon_lr=0.02', code=1)
+    assert 'without Muon: resume with --muon_lr=0' in out
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(data, tmp_path):
     run(data, tmp_path, '--max_iters=5')
     before = (tmp_path / 'ckpt5.pt').read_bytes()
-    out = run(data, tmp_path, '--init_from=resume', '--max_iters=40', '--eval_interval=5', '--learning_rate=1e30', '--min_lr=1e30', '--grad_clip=0', code=1)
-    assert 'ckpt5.pt is the last good checkpoint' in out and 'Try a lower --learning_rate' in out and 'Traceback' not in out
+    args = ['--max_iters=40', '--eval_interval=5', '--learning_rate=1e30', '--min_lr=1e30', '--grad_clip=0']
+    out = run(data, tmp_path, '--init_from=resume', *args, code=1)
+    assert 'ckpt5.pt is the last good checkpoint' in out and 'Try a lower --learning_rate' in out
+    assert 'Traceback' not in out
     assert (tmp_path / 'ckpt5.pt').read_bytes() == before
     for path in tmp_path.glob('ckpt*.pt'):
         assert all(tensor.isfinite().all() for tensor in load(path)['model'].values())
@@ -133,8 +159,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(data, tmp
 # -----------------------------------------------------------------------------
 # stopping: Ctrl-C, SIGTERM, kill -9 at any moment; what lies in a folder
 
-PARTS = ('model', 'training_model', 'optimizer', 'muon', 'scaler', 'best_val_loss', 'iter_num')
-STEADY = [*TINY, *FLAT, '--average=0.2', '--dropout=0.1', '--batch_size=2', '--max_iters=40', '--eval_interval=20', '--save_every_minutes=0']
+STEADY = [*TINY, *RECOMMENDED, '--average=0.2', '--dropout=0.1', '--batch_size=2', '--max_iters=40',
+          '--eval_interval=20', '--save_every_minutes=0']
 
 
 @pytest.fixture(scope='module')
@@ -146,8 +172,10 @@ def undisturbed(data, tmp_path_factory):
 
 def start(*args):
     """train.py in the background, as from a terminal: `make test &` ignores Ctrl-C, and so would a child."""
-    return subprocess.Popen(command('train.py', *args), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)])
+    def as_from_a_terminal():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+    return subprocess.Popen(command('train.py', *args), **PIPED, preexec_fn=as_from_a_terminal)
 
 
 def wait_for(process, condition):
@@ -160,25 +188,18 @@ def logged_up_to(folder):
     return max((int(row.split(',')[0]) for row in train.read_log(folder / 'log.csv')), default=-1)
 
 
-def assert_same_run(a, b, last='ckpt40.pt'):
-    for part in PARTS:
-        assert same(load(a / last)[part], load(b / last)[part]), part
-    strip = lambda out: [{k: v for k, v in row.items() if k != 'seconds'} for row in log(out)]
-    assert strip(a) == strip(b)
-    assert not (b / 'ckpt_latest.pt').exists() and not list(b.rglob('*.partial'))
-
-
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_finishes_the_step_and_the_printed_command_goes_on_exactly(data, undisturbed, tmp_path, number):
     folder = tmp_path / 'my run'
-    process = start(*STEADY, f'--data_dir={data}', f'--out_dir={folder}', '--overwrite', 'True')  # two words, left out below
+    args = [*STEADY, f'--data_dir={data}', f'--out_dir={folder}']
+    process = start(*args, '--overwrite', 'True')  # two words, which the printed command leaves out
     wait_for(process, lambda: logged_up_to(folder) >= 10)
     process.send_signal(number)
     printed = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + number and 'Traceback' not in printed
     iteration = load(folder / 'ckpt_latest.pt')['iter_num']
     assert 10 <= iteration < 40
-    again = shlex.split(f"python {ROOT / 'train.py'} {shlex.join([*STEADY, f'--data_dir={data}', f'--out_dir={folder}'])} --init_from=resume")
+    again = ['python', str(ROOT / 'train.py'), *args, '--init_from=resume']
     if number != signal.SIGHUP:  # which leaves nobody to read it
         assert shlex.split(printed.split(f'stopped at iteration {iteration}. Go on with')[1]) == again
     assert f'ckpt_latest.pt, iteration {iteration}' in call('train.py', *again[2:])
@@ -198,8 +219,8 @@ def test_before_the_first_step_too(data, undisturbed, tmp_path):
 
 
 def test_kill_9_at_random_moments_between_checkpoints_by_the_clock(data, undisturbed, tmp_path):
-    rng, args = np.random.default_rng(), [*STEADY, f'--data_dir={data}', f'--out_dir={tmp_path}', '--save_every_minutes=1e-4']
-    begin = []
+    args = [*STEADY, f'--data_dir={data}', f'--out_dir={tmp_path}', '--save_every_minutes=1e-4']
+    rng, begin = np.random.default_rng(), []
     for _ in range(4):
         process, upto = start(*args, *begin), logged_up_to(tmp_path) + 1
         wait_for(process, lambda: logged_up_to(tmp_path) >= upto)
@@ -223,8 +244,9 @@ def large_validation(data, folder, times):
 
 
 def test_a_signal_during_an_evaluation_does_not_wait_for_it(data, tmp_path):
-    args = [*TINY, f'--data_dir={large_validation(data, tmp_path / "data", 1000)}', '--max_iters=20', '--eval_at=(10,)', '--eval_batch_size=1']
-    process, out = start(*args, f'--out_dir={tmp_path}/out'), tmp_path / 'out'
+    large, out = large_validation(data, tmp_path / 'data', 1000), tmp_path / 'out'
+    args = [*TINY, f'--data_dir={large}', '--max_iters=20', '--eval_at=(10,)', '--eval_batch_size=1']
+    process = start(*args, f'--out_dir={out}')
     wait_for(process, lambda: logged_up_to(out) == 10)
     began = time.monotonic()
     process.terminate()
@@ -232,11 +254,13 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_it(data, tmp_path):
     assert load(out / 'ckpt_latest.pt')['iter_num'] == 10 and not (out / 'ckpt10.pt').exists()
     large_validation(data, tmp_path / 'small', 1)
     call('train.py', *args, f'--data_dir={tmp_path}/small', f'--out_dir={out}', '--init_from=resume')
-    assert [(row['iteration'], bool(row['val_loss'])) for row in log(out)] == [('5', False), ('10', False), ('10', True), ('15', False), ('20', False), ('20', True)]
+    rows = [(row['iteration'], bool(row['val_loss'])) for row in log(out)]
+    assert rows == [('5', False), ('10', False), ('10', True), ('15', False), ('20', False), ('20', True)]
 
 
 def test_a_second_signal_stops_at_once(data, tmp_path):
-    process = start(*TINY, f'--data_dir={data}', f'--out_dir={tmp_path}', '--batch_size=20000', '--gradient_accumulation_steps=10000')
+    endless = ['--batch_size=20000', '--gradient_accumulation_steps=10000']
+    process = start(*TINY, f'--data_dir={data}', f'--out_dir={tmp_path}', *endless)
     wait_for(process, (tmp_path / 'log.csv').exists)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
@@ -250,18 +274,18 @@ def test_a_second_signal_stops_at_once(data, tmp_path):
 
 @pytest.mark.parametrize('how', ['SIGTERM to torchrun', 'Ctrl-C in its terminal'])
 def test_two_ranks_stop_together(data, tmp_path, how):
-    args = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(ROOT / 'train.py'),
-            *TINY, f'--data_dir={data}', f'--out_dir={tmp_path}', '--max_iters=100000']
-    process = subprocess.Popen(args, env=ENV,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    two_ranks = torchrun(*TINY, f'--data_dir={data}', f'--out_dir={tmp_path}', '--max_iters=100000')
+    heed_ctrl_c = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(two_ranks, **PIPED, start_new_session=True, preexec_fn=heed_ctrl_c)
     wait_for(process, lambda: logged_up_to(tmp_path) >= 10)
     process.terminate() if how.startswith('SIGTERM') else os.killpg(process.pid, signal.SIGINT)
     printed = process.communicate(timeout=60)[0]
     assert 'stopped at iteration' in printed and 'torchrun ...' in printed
     iteration = load(tmp_path / 'ckpt_latest.pt')['iter_num']
     # resumed, without a step left to do
-    printed = subprocess.run([*args, '--init_from=resume', f'--max_iters={iteration}'], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
-    assert printed.returncode == 0 and f'going on from {tmp_path}/ckpt_latest.pt, iteration {iteration}' in printed.stdout, printed.stdout
+    done = subprocess.run([*two_ranks, '--init_from=resume', f'--max_iters={iteration}'], **PIPED, timeout=120)
+    assert done.returncode == 0, done.stdout
+    assert f'going on from {tmp_path}/ckpt_latest.pt, iteration {iteration}' in done.stdout, done.stdout
 
 
 def contents(folder):
@@ -272,29 +296,42 @@ def test_a_run_in_the_folder_is_not_touched_unless_told(data, trained, tmp_path)
     folder = tmp_path / 'out'
     shutil.copytree(trained, folder)
     before = contents(folder)
-    for args in ([], [f'--init_from={trained}/ckpt20.pt', '--max_iters=25'], [f'--init_from={folder}/ckpt10.pt', '--max_iters=15', '--average=0.2'],
-                 ['--overwrite=True', '--wandb_log=True'], ['--overwrite=True', '--n_head=3'], ['--overwrite=True', f'--init_from={folder}/none.pt']):
+    for args in (
+        [],
+        [f'--init_from={trained}/ckpt20.pt', '--max_iters=25'],
+        [f'--init_from={folder}/ckpt10.pt', '--max_iters=15', '--average=0.2'],
+        ['--overwrite=True', '--wandb_log=True'],
+        ['--overwrite=True', '--n_head=3'],
+        ['--overwrite=True', f'--init_from={folder}/none.pt'],
+    ):
         out = run(data, folder, *args, code=1)
         assert out.splitlines()[-1].startswith('error: ') and contents(folder) == before, args
-        assert '--overwrite=True' in args or all(choice in out for choice in ('--init_from=resume', 'another --out_dir', '--overwrite=True'))
+        if '--overwrite=True' not in args:
+            for choice in ('--init_from=resume', 'another --out_dir', '--overwrite=True'):
+                assert choice in out
     run(data, folder, '--overwrite=True', '--max_iters=3', '--learning_rate=1e-3')
-    assert sorted(path.name for path in folder.glob('*.pt')) == ['ckpt3.pt'] and {row['iteration'] for row in log(folder)} == {'3'}
+    assert sorted(path.name for path in folder.glob('*.pt')) == ['ckpt3.pt']
+    assert {row['iteration'] for row in log(folder)} == {'3'}
     # back to an earlier checkpoint: later ones and their rows go
     shutil.rmtree(folder), shutil.copytree(trained, folder)
     run(data, folder, '--overwrite=True', f'--init_from={folder}/ckpt10.pt', '--max_iters=12', '--average=0.2')
-    assert sorted(path.name for path in folder.glob('*.pt')) == ['ckpt10.pt', 'ckpt12.pt'] and [row['iteration'] for row in log(folder)] == ['5', '10', '10', '12', '12']
+    assert sorted(path.name for path in folder.glob('*.pt')) == ['ckpt10.pt', 'ckpt12.pt']
+    assert [row['iteration'] for row in log(folder)] == ['5', '10', '10', '12', '12']
     # weights alone are no run
     checkpoint = load(trained / 'ckpt20.pt')
-    extras.save_checkpoint({name: checkpoint[name] for name in ('model', 'model_args', 'iter_num')}, tmp_path / 'weights' / 'ckpt6000.pt')
+    weights = {name: checkpoint[name] for name in ('model', 'model_args', 'iter_num')}
+    extras.save_checkpoint(weights, tmp_path / 'weights' / 'ckpt6000.pt')
     run(data, tmp_path / 'weights', '--max_iters=2')
 
 
 def test_compilers_fail_before_anything_is_written(data, trained, tmp_path):
     shutil.copytree(trained, tmp_path / 'out')
     before = contents(tmp_path / 'out')
-    done = subprocess.run(command('train.py', *TINY, f'--data_dir={data}', f'--out_dir={tmp_path}/out', '--overwrite=True', '--compile=True'),
-                          env={**ENV, 'CXX': '/nowhere/c++', 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache')}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.returncode == 1 and done.stdout.splitlines()[-1].startswith('error: torch.compile does not work here') and 'Traceback' not in done.stdout
+    args = [*TINY, f'--data_dir={data}', f'--out_dir={tmp_path}/out', '--overwrite=True', '--compile=True']
+    no_compiler = {**ENV, 'CXX': '/nowhere/c++', 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache')}
+    done = subprocess.run(command('train.py', *args), **{**PIPED, 'env': no_compiler})
+    assert done.returncode == 1 and 'Traceback' not in done.stdout
+    assert done.stdout.splitlines()[-1].startswith('error: torch.compile does not work here')
     assert contents(tmp_path / 'out') == before
 
 
@@ -311,22 +348,26 @@ def test_one_process_at_a_time_in_a_folder(data, tmp_path):
 
 
 def test_a_full_disk_while_training_is_one_line(data, tmp_path):
-    args = command('train.py', *TINY, f'--data_dir={data}', f'--out_dir={tmp_path}', '--eval_interval=5', '--max_iters=20')
-    limit = lambda size: dict(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    done = subprocess.run(args, **limit(100_000))  # less than a checkpoint
-    assert done.returncode == 1 and done.stdout.splitlines()[-1].startswith(f'error: no room in {tmp_path} (') and 'Traceback' not in done.stdout
+    def fill_the_disk(size, *args):
+        args = [*TINY, f'--data_dir={data}', f'--out_dir={tmp_path}', '--eval_interval=5', '--max_iters=20', *args]
+        limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        done = subprocess.run(command('train.py', *args), **PIPED, preexec_fn=limit)
+        assert done.returncode == 1 and done.stdout.splitlines()[-1].startswith(f'error: no room in {tmp_path} (')
+        return done.stdout
+
+    assert 'Traceback' not in fill_the_disk(100_000)  # less than a checkpoint
     assert not list(tmp_path.glob('*.pt*'))
-    done = subprocess.run([*args, '--overwrite=True'], **limit(100))  # less than a log
-    assert done.returncode == 1 and done.stdout.splitlines()[-1].startswith(f'error: no room in {tmp_path} (')
+    fill_the_disk(100, '--overwrite=True')  # less than a log
 
 
 def test_weights_of_another_image_size_start_a_new_run(data, tmp_path):
     call('prepare.py', '--source', 'synthetic', '--num_images', 20, '--size', '32x24', '--out_dir', tmp_path / 'larger')
-    run(data, tmp_path / 'a', *FLAT, '--max_iters=60')
-    bits = {}
+    run(data, tmp_path / 'a', *RECOMMENDED, '--max_iters=60')
+    small_step, bits = ['--max_iters=1', '--learning_rate=1e-6', '--min_lr=0', '--muon_lr=1e-6'], {}
     for name, args in (('new', []), ('larger', [f'--init_from={tmp_path}/a/ckpt60.pt'])):
-        out = run(tmp_path / 'larger', tmp_path / name, *FLAT, '--max_iters=1', '--learning_rate=1e-6', '--min_lr=0', '--muon_lr=1e-6', *args)
+        out = run(tmp_path / 'larger', tmp_path / name, *RECOMMENDED, *small_step, *args)
         bits[name] = float(log(tmp_path / name)[-1]['bits_per_pixel'])
     assert 'a new run with the weights of' in out and bits['larger'] < bits['new'] - 2
     run(data, tmp_path / 'plain', '--max_iters=1')
-    assert 'has block_size=256, this run block_size=768' in run(tmp_path / 'larger', tmp_path / 'x', f'--init_from={tmp_path}/plain/ckpt1.pt', code=1)
+    out = run(tmp_path / 'larger', tmp_path / 'x', f'--init_from={tmp_path}/plain/ckpt1.pt', code=1)
+    assert 'has block_size=256, this run block_size=768' in out

@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 
 import extras
-from conftest import FLAT, ROOT, SHARED, TINY, call
-from test_model import nanogpt_checkpoint
+from conftest import RECOMMENDED, ROOT, TINY, call
+from helpers import PHOTOS, nanogpt_checkpoint, needs_photos
 
 
 def tokens(path, scale=1):
@@ -23,7 +23,9 @@ def test_pictures_and_their_sheet(ckpt, tmp_path):
     out = call('sample.py', '--ckpt', ckpt, '--num_samples', 5, '--out', tmp_path / 'new' / 'a.png', '--scale', 3)
     folder = tmp_path / 'new'
     assert sorted(p.name for p in folder.iterdir()) == ['a.png', *(f'a_{i}.png' for i in range(5))]
-    assert '1.28k/1.28k' in out and f'wrote {folder}/a_0.png' in out and f'wrote {folder}/a_4.png, the last of 5, and {folder}/a.png' in out  # the progress bar has counted 5 * 256 pixels
+    assert '1.28k/1.28k' in out  # the progress bar has counted 5 * 256 pixels
+    assert f'wrote {folder}/a_0.png' in out
+    assert f'wrote {folder}/a_4.png, the last of 5, and {folder}/a.png' in out
     sheet = tokens(folder / 'a.png')
     for i in range(5):
         picture = tokens(folder / f'a_{i}.png')
@@ -39,8 +41,9 @@ def test_one_picture_is_one_file(ckpt, tmp_path):
 
 
 def test_the_seed_decides_and_the_number_of_pictures_does_not(ckpt, tmp_path):
+    options = ['--temperature', 0.9, '--top_k', 200, '--top_p', 0.95]
     for name, args in (('a', (3,)), ('b', (12,)), ('c', (3, '--seed', 8))):  # alone, in one batch and in two
-        call('sample.py', '--ckpt', ckpt, '--out', tmp_path / f'{name}.png', '--temperature', 0.9, '--top_k', 200, '--top_p', 0.95, '--num_samples', *args)
+        call('sample.py', '--ckpt', ckpt, '--out', tmp_path / f'{name}.png', *options, '--num_samples', *args)
     a, b, c = ([tokens(tmp_path / f'{name}_{i}.png').tolist() for i in range(3)] for name in 'abc')
     assert a == b and a != c
 
@@ -60,7 +63,8 @@ def test_a_picture_is_completed(ckpt, data, tmp_path):
     meta = extras.load_meta(str(data))
     original = extras.load_tokens(str(data), 'val', meta)[0].reshape(16, 16)
     extras.save_bmp(original, tmp_path / 'photo.png')
-    call('sample.py', '--ckpt', ckpt, '--image', tmp_path / 'photo.png', '--rows', 5, '--num_samples', 3, '--out', tmp_path / 'a.png')
+    call('sample.py', '--ckpt', ckpt, '--image', tmp_path / 'photo.png', '--rows', 5, '--num_samples', 3,
+         '--out', tmp_path / 'a.png')
     for i in range(3):
         picture = tokens(tmp_path / f'a_{i}.png')
         assert (picture[:5] == original[:5]).all() and (picture[5:] != original[5:]).any()
@@ -71,32 +75,35 @@ def test_a_picture_is_completed(ckpt, data, tmp_path):
     assert (sheet[2:18, 20:36] == tokens(tmp_path / 'a_0.png')).all()
 
 
-@pytest.mark.skipif(not (SHARED / 'photos_mixed').is_dir(), reason='no photographs here')
+@needs_photos
 def test_a_photograph_on_its_side_is_completed_upright(ckpt, tmp_path):
-    photo = SHARED / 'photos_mixed' / 'exif_Landscape_6.jpg'
+    photo = PHOTOS / 'exif_Landscape_6.jpg'
     call('sample.py', '--ckpt', ckpt, '--image', photo, '--num_samples', 1, '--out', tmp_path / 'a.png')
     original = extras.pack_rgb(extras.load_rgb(photo, 16))
     assert (tokens(tmp_path / 'a.png')[2:10, 20:36] == original[:8]).all()
 
 
-@pytest.mark.parametrize('model', [[], [*FLAT, '--reach=3']])
+@pytest.mark.parametrize('model', [[], [*RECOMMENDED, '--reach=3']], ids=['plain', 'recommended'])
 def test_oblong_pictures_are_learnt_painted_and_completed(tmp_path, model):
     call('prepare.py', '--source', 'synthetic', '--num_images', 40, '--size', '24x16', '--out_dir', tmp_path / 'data')
     call('train.py', *TINY, *model, f'--data_dir={tmp_path}/data', f'--out_dir={tmp_path}/out', '--max_iters=2')
     assert tokens(tmp_path / 'out' / 'images' / 'output2.png', 2).shape == (16 + 2, 2 * (24 + 1) + 1)
     photo = tmp_path / 'photo.png'
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)).save(photo)
-    call('sample.py', '--ckpt', tmp_path / 'out' / 'ckpt2.pt', '--image', photo, '--rows', 5, '--num_samples', 2, '--gif', '--out', tmp_path / 'a.png')
+    call('sample.py', '--ckpt', tmp_path / 'out' / 'ckpt2.pt', '--image', photo, '--rows', 5, '--num_samples', 2,
+         '--gif', '--out', tmp_path / 'a.png')
     original = extras.pack_rgb(extras.load_rgb(photo, (24, 16)))
     for i in range(2):
         picture = tokens(tmp_path / f'a_{i}.png')
-        assert picture.shape == (16, 24) and (picture[:5] == original[:5]).all() and (picture[5:] != original[5:]).any()
+        assert picture.shape == (16, 24)
+        assert (picture[:5] == original[:5]).all() and (picture[5:] != original[5:]).any()
     assert (tokens(tmp_path / 'a.png')[2:18, -26:-2] == original).all()
 
 
 @pytest.mark.parametrize('first_pixel', ['sample', 'FEC'])
 def test_the_animation_paints_row_by_row(ckpt, tmp_path, first_pixel):
-    call('sample.py', '--ckpt', ckpt, '--num_samples', 2, '--out', tmp_path / 'a.png', '--gif', '--scale', 2, '--first_pixel', first_pixel)
+    call('sample.py', '--ckpt', ckpt, '--num_samples', 2, '--out', tmp_path / 'a.png', '--gif', '--scale', 2,
+         '--first_pixel', first_pixel)
     with Image.open(tmp_path / 'a.gif') as animation:
         frames = []
         for i in range(animation.n_frames):
@@ -116,7 +123,8 @@ def test_the_ancestors_checkpoint_paints_without_a_data_folder(tmp_path):
     call('sample.py', '--ckpt', tmp_path / 'ckpt.pt', '--num_samples', 1, '--out', tmp_path / 'a.png', cwd=tmp_path)
     assert tokens(tmp_path / 'a.png').shape == (16, 16) and tokens(tmp_path / 'a.png')[0, 0] == 0xFEC
     torch.save(nanogpt_checkpoint(side=64, n_layer=1), tmp_path / 'ckpt64.pt')
-    call('sample.py', '--ckpt', tmp_path / 'ckpt64.pt', '--num_samples', 1, '--out', tmp_path / 'b.png', '--first_pixel', '8AF')
+    call('sample.py', '--ckpt', tmp_path / 'ckpt64.pt', '--num_samples', 1, '--out', tmp_path / 'b.png',
+         '--first_pixel', '8AF')
     assert tokens(tmp_path / 'b.png').shape == (64, 64) and tokens(tmp_path / 'b.png')[0, 0] == 0x8AF
 
 

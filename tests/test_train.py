@@ -1,9 +1,7 @@
 """The training loop: order, several processes, precision, what a run leaves."""
-import csv
 import math
 import os
 import subprocess
-import sys
 from dataclasses import fields
 
 import numpy as np
@@ -13,33 +11,9 @@ from PIL import Image
 
 import extras
 import train
-from conftest import ENV, FLAT, ROOT, TINY, call, command
+from conftest import PIPED, RECOMMENDED, ROOT, TINY, call, torchrun
+from helpers import load, log, run, same
 from model import GPTConfig
-
-
-def run(data, out, *args, code=0):
-    return call('train.py', *TINY, f'--data_dir={data}', f'--out_dir={out}', *args, code=code)
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
-def same(a, b):
-    """Equal to the last bit, whatever the nesting."""
-    if torch.is_tensor(a):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def log(out):
-    with open(out / 'log.csv') as f:
-        return list(csv.DictReader(f))
-
 
 # -----------------------------------------------------------------------------
 # data and schedule
@@ -55,7 +29,8 @@ def test_every_image_once_an_epoch_in_an_order_of_seed_and_epoch_alone():
 def test_batches_walk_through_the_epochs_without_a_gap():
     data = np.arange(10, dtype=np.uint16)[:, None].repeat(6, 1)
     config, meta = train.TrainConfig(flip=False, seed=3), dict(height=2, width=3)
-    seen = torch.cat([train.get_batch(data, range(i, i + 4), config, meta, 'cpu')[:, 0] for i in range(0, 40, 4)]).tolist()
+    batches = [train.get_batch(data, range(i, i + 4), config, meta, 'cpu') for i in range(0, 40, 4)]
+    seen = torch.cat([batch[:, 0] for batch in batches]).tolist()
     assert seen == [i for epoch in range(4) for i in train.epoch_order(3, epoch, 10)[0]]
 
 
@@ -71,7 +46,8 @@ def test_flips_mirror_rows_and_nothing_else():
 def test_learning_rate():
     config = train.TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110)
     rates = [train.get_lr(i, config) for i in range(111)]
-    assert rates[0] == pytest.approx(1 / 11) and rates[10] == 1.0 and rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
+    assert rates[0] == pytest.approx(1 / 11) and rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
     assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
 
 
@@ -84,25 +60,31 @@ def test_averaged_weights_are_as_old_as_the_share_says_however_long_the_run(shar
         if iteration in (1, 200, 2000):
             assert iteration - averaged.weight.item() == pytest.approx(share * iteration, abs=0.6)
 
+
 # -----------------------------------------------------------------------------
 # what a run leaves
 
 def test_what_a_run_leaves(trained, data):
-    assert sorted(p.name for p in trained.iterdir()) == ['.lock', 'ckpt10.pt', 'ckpt20.pt', 'images', 'log.csv', 'loss.png']
+    names = sorted(p.name for p in trained.iterdir())
+    assert names == ['.lock', 'ckpt10.pt', 'ckpt20.pt', 'images', 'log.csv', 'loss.png']
     for name in ('loss.png', 'images/output10.png', 'images/output20.png'):
         with Image.open(trained / name) as image:
             assert min(image.size) >= 32
     rows = log(trained)
-    assert [int(r['iteration']) for r in rows] == [5, 10, 10, 15, 20, 20] and [bool(r['val_loss']) for r in rows] == [False, False, True] * 2
+    assert [int(r['iteration']) for r in rows] == [5, 10, 10, 15, 20, 20]
+    assert [bool(r['val_loss']) for r in rows] == [False, False, True] * 2
     for r in rows:
         assert int(r['images']) == 8 * int(r['iteration']) and int(r['tokens']) == 256 * int(r['images'])
-        assert float(r['bits_per_pixel']) == pytest.approx(float(r['val_loss'] or r['train_loss']) / math.log(2), abs=1e-4)
+        loss = float(r['val_loss'] or r['train_loss'])
+        assert float(r['bits_per_pixel']) == pytest.approx(loss / math.log(2), abs=1e-4)
     assert [float(r['seconds']) for r in rows] == sorted(float(r['seconds']) for r in rows)
     checkpoint = load(trained / 'ckpt20.pt')
-    assert checkpoint.keys() == {'model', 'training_model', 'optimizer', 'scaler', 'model_args', 'iter_num', 'best_val_loss', 'config', 'height', 'width', 'run', 'muon'}
+    assert checkpoint.keys() == {'model', 'training_model', 'optimizer', 'scaler', 'model_args', 'iter_num',
+                                 'best_val_loss', 'config', 'height', 'width', 'run', 'muon'}
     assert checkpoint['iter_num'] == 20 and checkpoint['height'] == checkpoint['width'] == 16
-    assert not any('_orig_mod' in name or name.startswith('module.') for name in checkpoint['model'])
-    assert checkpoint['model'].keys() == checkpoint['training_model'].keys() and not same(checkpoint['model'], checkpoint['training_model'])
+    averaged, weights = checkpoint['model'], checkpoint['training_model']
+    assert not any('_orig_mod' in name or name.startswith('module.') for name in averaged)
+    assert averaged.keys() == weights.keys() and not same(averaged, weights)
 
 
 def test_validation_counts_every_pixel_of_every_image(trained, data):
@@ -117,13 +99,16 @@ def test_it_learns(data, tmp_path):
     run(data, tmp_path, '--max_iters=60', '--log_interval=10')
     plain = float(log(tmp_path)[-1]['bits_per_pixel'])
     assert plain < 9.5 < 11 < float(log(tmp_path)[0]['bits_per_pixel'])
-    run(data, tmp_path / 'flat', *FLAT, '--max_iters=60')
-    assert float(log(tmp_path / 'flat')[-1]['bits_per_pixel']) < plain - 1
+    run(data, tmp_path / 'recommended', *RECOMMENDED, '--max_iters=60')
+    assert float(log(tmp_path / 'recommended')[-1]['bits_per_pixel']) < plain - 1
 
 
 def test_a_config_file_and_the_command_line_over_it(data, tmp_path):
-    (tmp_path / 'my.py').write_text('"""Mine."""\nbatch_size = 2 * 4  # images\nmax_iters = batch_size // 2\neval_at = (1, 3)\nflip = False\nlearning_rate = 1\n')
-    call('train.py', tmp_path / 'my.py', *(a for a in TINY if 'batch_size' not in a), f'--data_dir={data}', f'--out_dir={tmp_path}', '--max_iters=3')
+    lines = ['"""Mine."""', 'batch_size = 2 * 4  # images', 'max_iters = batch_size // 2', 'eval_at = (1, 3)',
+             'flip = False', 'learning_rate = 1']
+    (tmp_path / 'my.py').write_text('\n'.join(lines) + '\n')
+    tiny = [a for a in TINY if 'batch_size' not in a]
+    call('train.py', tmp_path / 'my.py', *tiny, f'--data_dir={data}', f'--out_dir={tmp_path}', '--max_iters=3')
     config = load(tmp_path / 'ckpt3.pt')['config']
     assert (config['batch_size'], config['max_iters'], config['eval_at'], config['flip']) == (8, 3, (1, 3), False)
     assert config['learning_rate'] == 3e-3  # the command line wins
@@ -131,9 +116,18 @@ def test_a_config_file_and_the_command_line_over_it(data, tmp_path):
 
 
 @pytest.mark.parametrize('text, key, value', [
-    ('\ufeffbatch_size = 8', 'batch_size', 8), ('n_embd = 2**5', 'n_embd', 32), ('learning_rate = 10 ** -3', 'learning_rate', 1e-3), ('max_iters = +10', 'max_iters', 10),
-    ('max_iters = int(1e4)', 'max_iters', 10000), ('batch_size: int = 8', 'batch_size', 8), ('n_layer = n_head = 2', 'n_head', 2), ('batch_size = 17 % 9', 'batch_size', 8),
-    ('batch_size = 8; max_iters = 10', 'max_iters', 10), ('learning_rate = 1/8', 'learning_rate', 0.125), ("wandb_run_name = 'gr\u00fcn'", 'wandb_run_name', 'gr\u00fcn')])
+    ('\ufeffbatch_size = 8', 'batch_size', 8),
+    ('n_embd = 2**5', 'n_embd', 32),
+    ('learning_rate = 10 ** -3', 'learning_rate', 1e-3),
+    ('max_iters = +10', 'max_iters', 10),
+    ('max_iters = int(1e4)', 'max_iters', 10000),
+    ('batch_size: int = 8', 'batch_size', 8),
+    ('n_layer = n_head = 2', 'n_head', 2),
+    ('batch_size = 17 % 9', 'batch_size', 8),
+    ('batch_size = 8; max_iters = 10', 'max_iters', 10),
+    ('learning_rate = 1/8', 'learning_rate', 0.125),
+    ("wandb_run_name = 'gr\u00fcn'", 'wandb_run_name', 'gr\u00fcn'),
+])
 def test_what_a_config_file_may_say(tmp_path, text, key, value):
     (tmp_path / 'my.py').write_text(text + '\n', encoding='utf-8')
     assert getattr(extras.load_config(train.TrainConfig, [str(tmp_path / 'my.py')]), key) == value
@@ -142,14 +136,16 @@ def test_what_a_config_file_may_say(tmp_path, text, key, value):
 def test_every_config_file_of_the_repository_is_understood():
     for path in sorted((ROOT / 'config').glob('*.py')):
         config = extras.load_config(train.TrainConfig, [str(path)])
-        GPTConfig(width=64, block_size=4096 - (not config.start_embedding), **{f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)})
+        of_the_model = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)}
+        GPTConfig(width=64, block_size=4096 - (not config.start_embedding), **of_the_model)
 
 
 def test_folders_of_a_config_file_are_meant_from_the_repository_and_typed_ones_from_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = extras.load_config(train.TrainConfig, ['config/demo.py', '--out_dir=mine'])
     assert (config.data_dir, config.out_dir) == (str(ROOT / 'data' / 'demo'), 'mine')
-    assert extras.load_config(train.TrainConfig, ['--out_dir=~/runs']).out_dir == os.path.expanduser('~/runs')  # which no shell expands
+    config = extras.load_config(train.TrainConfig, ['--out_dir=~/runs'])  # which no shell expands
+    assert config.out_dir == os.path.expanduser('~/runs')
 
 
 def test_help_lists_every_key():
@@ -163,20 +159,23 @@ def test_old_checkpoints_go_but_not_the_best(data, tmp_path):
     assert sorted(tmp_path.glob('ckpt*.pt')) == [tmp_path / 'ckpt6.pt', tmp_path / 'ckpt8.pt']
     # from here on a learning rate far too high: nothing after iteration 8 is better
     (tmp_path / 'ckpt999.pt').write_bytes(b'of another run')
-    run(data, tmp_path, f'--init_from={tmp_path}/ckpt8.pt', '--max_iters=14', '--eval_interval=2', '--keep_checkpoints=2', '--learning_rate=5', '--min_lr=5', '--grad_clip=0')
+    args = ['--eval_interval=2', '--learning_rate=5', '--min_lr=5', '--grad_clip=0']
+    run(data, tmp_path, *args, f'--init_from={tmp_path}/ckpt8.pt', '--max_iters=14', '--keep_checkpoints=2')
     assert {p.name for p in tmp_path.glob('ckpt*.pt')} == {'ckpt8.pt', 'ckpt14.pt', 'ckpt999.pt'}
-    # one that is to stay is the last one, which can be resumed; the best one stays beside it
-    run(data, tmp_path, '--init_from=resume', '--max_iters=18', '--eval_interval=2', '--keep_checkpoints=1', '--learning_rate=5', '--min_lr=5', '--grad_clip=0')
+    # with --keep_checkpoints=1 the last one stays, which can be resumed, and the best one beside it
+    run(data, tmp_path, *args, '--init_from=resume', '--max_iters=18', '--keep_checkpoints=1')
     assert {p.name for p in tmp_path.glob('ckpt*.pt')} == {'ckpt8.pt', 'ckpt18.pt', 'ckpt999.pt'}
 
 
 def test_going_on_in_another_folder_leaves_alone_what_lies_there(data, trained, tmp_path):
     (tmp_path / 'ckpt10.pt').write_bytes(b'of another run')
     (tmp_path / 'log.csv').write_bytes((trained / 'log.csv').read_bytes())
-    args = [f'--init_from={trained}/ckpt20.pt', '--max_iters=24', '--eval_interval=2', '--keep_checkpoints=1', '--learning_rate=1', '--min_lr=1']
+    args = [f'--init_from={trained}/ckpt20.pt', '--max_iters=24', '--eval_interval=2', '--keep_checkpoints=1',
+            '--learning_rate=1', '--min_lr=1']
     assert f'{tmp_path} holds a run (log.csv)' in run(data, tmp_path, *args, code=1)
     out = run(data, tmp_path, *args, '--overwrite=True')
-    assert (tmp_path / 'ckpt10.pt').read_bytes() == b'of another run' and (trained / 'ckpt10.pt').exists()
+    assert (tmp_path / 'ckpt10.pt').read_bytes() == b'of another run'
+    assert (trained / 'ckpt10.pt').exists()
     best = out.split('--ckpt ')[1].strip()
     assert best.startswith(str(tmp_path)) and load(best)['iter_num'] > 20  # what it says to paint with is there
     assert all(int(row['iteration']) > 20 for row in log(tmp_path))  # the log is this run's
@@ -184,8 +183,10 @@ def test_going_on_in_another_folder_leaves_alone_what_lies_there(data, trained, 
 
 def test_a_new_run_starts_with_weights_alone(data, trained, tmp_path):
     checkpoint = load(trained / 'ckpt20.pt')
-    extras.save_checkpoint({name: checkpoint[name] for name in ('model', 'model_args', 'height', 'width')}, tmp_path / 'weights.pt')
-    out = run(data, tmp_path, f'--init_from={tmp_path}/weights.pt', '--max_iters=2', '--learning_rate=1e-6', '--min_lr=0')
+    weights = {name: checkpoint[name] for name in ('model', 'model_args', 'height', 'width')}
+    extras.save_checkpoint(weights, tmp_path / 'weights.pt')
+    args = ['--max_iters=2', '--learning_rate=1e-6', '--min_lr=0']
+    out = run(data, tmp_path, f'--init_from={tmp_path}/weights.pt', *args)
     assert 'a new run with the weights of' in out and 'iter 1 |' in out
     assert float(log(tmp_path)[-1]['val_loss']) == pytest.approx(float(log(trained)[-1]['val_loss']), abs=1e-3)
 
@@ -203,23 +204,24 @@ def test_gradient_accumulation_changes_nothing_but_memory(data, tmp_path):
     assert close(load(tmp_path / 'whole' / 'ckpt6.pt')['model'], load(tmp_path / 'pieces' / 'ckpt6.pt')['model'])
 
 
-@pytest.mark.parametrize('model', [[], FLAT], ids=['plain', 'flat'])
+@pytest.mark.parametrize('model', [[], RECOMMENDED], ids=['plain', 'recommended'])
 def test_two_ranks_are_one_process_with_the_same_batch(data, tmp_path, model):
     args = [*TINY, *model, f'--data_dir={data}', '--max_iters=6', '--log_interval=2']
     call('train.py', *args, f'--out_dir={tmp_path}/one')
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(ROOT / 'train.py'), *args,
-                           f'--out_dir={tmp_path}/two', '--gradient_accumulation_steps=2'], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
+    two_ranks = torchrun(*args, f'--out_dir={tmp_path}/two', '--gradient_accumulation_steps=2')
+    done = subprocess.run(two_ranks, **PIPED, timeout=240)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count('iter 6 | validation') == 1  # one rank speaks
     one, two = load(tmp_path / 'one' / 'ckpt6.pt'), load(tmp_path / 'two' / 'ckpt6.pt')
-    # AdamW makes whole steps of gradients that are all rounding, which colour differences have that hardly occur
-    assert close(one['model'], two['model'], atol=2e-4 if model else 2e-5) and one['model'].keys() == two['model'].keys()
+    assert one['model'].keys() == two['model'].keys()
+    # colour differences that hardly occur have gradients of mere rounding, of which AdamW still makes whole steps
+    assert close(one['model'], two['model'], atol=2e-4 if model else 2e-5)
     for a, b in zip(log(tmp_path / 'one'), log(tmp_path / 'two'), strict=True):
         assert float(a['bits_per_pixel']) == pytest.approx(float(b['bits_per_pixel']), abs=1e-3)
     # and a run of one rank can be resumed by two
-    out = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(ROOT / 'train.py'), *args,
-                          f'--out_dir={tmp_path}/one', '--init_from=resume', '--max_iters=8'], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
-    assert out.returncode == 0 and 'ckpt8.pt' in out.stdout, out.stdout
+    two_ranks = torchrun(*args, f'--out_dir={tmp_path}/one', '--init_from=resume', '--max_iters=8')
+    done = subprocess.run(two_ranks, **PIPED, timeout=240)
+    assert done.returncode == 0 and 'ckpt8.pt' in done.stdout, done.stdout
 
 
 def test_without_start_embedding_it_trains_and_paints(data, tmp_path):
@@ -231,20 +233,27 @@ def test_without_start_embedding_it_trains_and_paints(data, tmp_path):
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_precisions_a_cpu_knows(data, tmp_path, dtype):
-    assert f' cpu, {dtype}\n' in run(data, tmp_path, *FLAT, '--max_iters=3', f'--dtype={dtype}')
+    assert f' cpu, {dtype}\n' in run(data, tmp_path, *RECOMMENDED, '--max_iters=3', f'--dtype={dtype}')
     assert all(t.dtype == torch.float32 for t in load(tmp_path / 'ckpt3.pt')['model'].values())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')
-@pytest.mark.parametrize('args', [['--dtype=bfloat16'], [*FLAT, '--dtype=bfloat16'], [*FLAT, '--dtype=float16', '--compile=False'], [*FLAT, '--dtype=float32', '--compile=False']],
-                         ids=['plain', 'flat', 'float16', 'float32'])
+@pytest.mark.parametrize('args', [
+    ['--dtype=bfloat16'],
+    [*RECOMMENDED, '--dtype=bfloat16'],
+    [*RECOMMENDED, '--dtype=float16', '--compile=False'],
+    [*RECOMMENDED, '--dtype=float32', '--compile=False'],
+], ids=['plain', 'recommended', 'float16', 'float32'])
 def test_on_a_gpu(data, tmp_path, args):
-    args = [*(a for a in TINY if 'device' not in a and 'dtype' not in a), f'--data_dir={data}', '--device=cuda', '--max_iters=60', '--eval_interval=30', '--average=0.1', *args]
+    tiny = [a for a in TINY if 'device' not in a and 'dtype' not in a]
+    args = [*tiny, f'--data_dir={data}', '--device=cuda', '--max_iters=60', '--eval_interval=30', '--average=0.1',
+            *args]
     call('train.py', *args, f'--out_dir={tmp_path}/whole')
     bits = [float(row['bits_per_pixel']) for row in log(tmp_path / 'whole') if row['val_loss']]
     assert bits[1] < 9.5 and bits[1] < bits[0]
-    checkpoint = load(tmp_path / 'whole' / 'ckpt60.pt')
-    assert not any('_orig_mod' in name for name in checkpoint['model']) and all(t.dtype == torch.float32 and t.isfinite().all() for t in checkpoint['model'].values())
+    weights = load(tmp_path / 'whole' / 'ckpt60.pt')['model']
+    assert not any('_orig_mod' in name for name in weights)
+    assert all(t.dtype == torch.float32 and t.isfinite().all() for t in weights.values())
     # resumed it goes the same way, though not to the last bit: sums come in any order on a GPU
     (tmp_path / 'killed').mkdir()
     (tmp_path / 'whole' / 'ckpt30.pt').rename(tmp_path / 'killed' / 'ckpt30.pt')
