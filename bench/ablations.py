@@ -4,8 +4,9 @@
     python bench/ablations.py --data_dir data/photos32      # 15 models, two seeds: two hours on two slow cores
 
 Every model sees the same images in the same order, two at a time, with the schedule and the learning rates of
-config/landscape.py; the score is bits per pixel on all validation images. --adamw_lr is the learning rate of the
-models without Muon, for embeddings and matrices alike. Complete runs are not repeated. Leave the machine idle.
+config/landscape.py, without reach; the score is bits per pixel on all validation images. --adamw_lr is the learning
+rate of the models without Muon, for embeddings and matrices alike. Complete runs are not repeated, so take another
+--out_dir after a change of the code. Leave the machine idle.
 """
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def train(out_dir, options):
     """Train a model unless its run is complete. Return its bits per pixel and the images per second."""
     if not any(out_dir.glob('ckpt[0-9]*.pt')):
         config = ROOT / 'config' / 'landscape.py'
-        run_script('train.py', config, f'--out_dir={out_dir}', '--overwrite=True', *options, quiet=True)
+        run_script('train.py', config, f'--out_dir={out_dir}', '--overwrite=True', '--reach=0', *options, quiet=True)
     rows = read_log(out_dir)
     steps = [row for row in rows if row['train_loss']]
     first, last = steps[0], steps[-1]  # the first window is a warm-up

@@ -10,6 +10,7 @@ neighbours = 12
 factorised_colours = True
 relative_colours = True
 attention = 'local column'
+reach = 6
 alibi = True
 
 batch_size = 4

@@ -1,5 +1,5 @@
-# What a bigger budget buys: the recipe of landscape_gpu.py, twice as wide. On the 13,528 photographs of the README it came
-# to 2.749 bits per pixel after 355 seconds of an H200, where that model came to 2.754 after 255: little, so soon.
+# What a bigger budget buys: the recipe of landscape_gpu.py, twice as wide. On 13,528 photographs it came to 2.749 bits
+# per pixel after 355 seconds of an H200, where that model came to 2.754 after 255.
 #     python train.py config/landscape_large.py --data_dir=data/both
 data_dir = 'data/landscape'  # python prepare.py
 out_dir = 'out/large'

@@ -1,4 +1,5 @@
-# The ancestor: nanoGPT's model with the settings of nanoGPT-BMP; the first pixel is given and never predicted. The baseline of the record track.
+# The ancestor: nanoGPT's model with the settings of nanoGPT-BMP; the first pixel is given and never predicted. The
+# baseline of the record track.
 data_dir = 'data/landscape'  # python prepare.py
 out_dir = 'out/seed'
 
