@@ -19,7 +19,7 @@ KEYS = {f.name: f for f in dataclasses.fields(train.TrainConfig)}
 
 def commands(script):
     """The commands of the README that call a script, each as a list of words."""
-    blocks = re.findall(r'```\n(.*?)```', README, re.S)
+    blocks = re.findall(r'```\w*\n(.*?)```', README, re.S)
     lines = [line for block in blocks for line in block.replace('\\\n', ' ').splitlines()]
     return [shlex.split(line, comments=True) for line in lines if script in line.split('#')[0]]
 
