@@ -307,8 +307,8 @@ def key(default, help, within=None):
 def load_config(cls, argv=None, description=None):
     """Build cls from its defaults, then config files in order, then --key=value. Raises UserError.
 
-    Folders in defaults and config files are meant from the repository, so that a command does the same from wherever
-    it is called; folders that are typed are meant from the current one.
+    Keys that end in _dir are meant from the repository in defaults and config files, so that a command does the same
+    from wherever it is called; what is typed is meant from the current folder.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     parser = Parser(description=description)

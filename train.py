@@ -269,7 +269,7 @@ class Run:
     loss_count: int = 0
     iteration: int = 0
     seconds: float = 0.0  # of training, without evaluations
-    last_eval: int = 0  # iteration of the last evaluation
+    last_eval: int = 0  # iteration of the last evaluation, which a resumed run does not repeat
     id: str = field(default_factory=lambda: uuid.uuid4().hex)  # to tell its checkpoints from those of another run
     best_val_loss: float = math.inf
     best_iter: int | None = None
@@ -297,6 +297,7 @@ def start_run(config, meta, machine):
 def save_run(path, run, config, meta, seconds):
     """Write a checkpoint: all from which the run can continue exactly. seconds: of training so far."""
     extras.save_checkpoint(dict(
+        # names of nanoGPT where it has one
         model=run.averaged_model.state_dict(), training_model=run.model.state_dict() if config.average else None,
         optimizer=run.optimizers[0].state_dict(), muon=run.optimizers[1].state_dict() if config.muon_lr else None,
         scaler=run.scaler.state_dict(), model_args=asdict(run.model.config), iter_num=run.iteration,
@@ -589,7 +590,7 @@ def main(argv=None):
             machine.print(f'iter {run.iteration} | loss {run.loss_sum.item() / run.loss_count:.4f} | '
                           f'{time.monotonic() - window_start:.1f} s')
 
-        # evaluation: the loss over all validation images, a checkpoint, a sheet of samples
+        # evaluation: the loss over all validation images (None: interrupted), a checkpoint, a sheet of samples
         if eval_step and (val_loss := evaluate(run.averaged_model, val_data, config, machine, signals)) is not None:
             stop_if_not_finite(val_loss, run, config)
             run.last_eval = run.iteration
@@ -612,7 +613,7 @@ def main(argv=None):
         # a checkpoint when it is time, or when a signal has come
         save_due = 0 < config.save_every_minutes * 60 < time.monotonic() - last_save
         request = agree(STOP if signals else SAVE if save_due else NOTHING, world_size)
-        if request and run.iteration not in run.saved:
+        if request and run.iteration not in run.saved:  # whose ckpt<iteration>.pt was just written
             stop_if_not_finite(sum(p.sum().item() for p in run.model.parameters()), run, config)
             if master_process:
                 save_run(os.path.join(config.out_dir, 'ckpt_latest.pt'), run, config, meta,
@@ -633,7 +634,7 @@ def main(argv=None):
             if world_size > 1:  # the processes average their gradients in the last backward pass only
                 model.require_backward_grad_sync = micro_step == config.gradient_accumulation_steps - 1
             with machine.autocast():
-                loss = model(tokens) / config.gradient_accumulation_steps
+                loss = model(tokens) / config.gradient_accumulation_steps  # mean cross-entropy, GPT.forward
             run.scaler.scale(loss).backward()
             run.loss_sum += loss.detach()
         for optimizer in run.optimizers:
