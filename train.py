@@ -591,7 +591,11 @@ def main(argv=None):
                           f'{time.monotonic() - window_start:.1f} s')
 
         # evaluation: the loss over all validation images (None: interrupted), a checkpoint, a sheet of samples
-        if eval_step and (val_loss := evaluate(run.averaged_model, val_data, config, machine, signals)) is not None:
+        val_loss = None
+        if eval_step:
+            val_loss = evaluate(run.averaged_model, val_data, config, machine, signals)
+            window_start = time.monotonic()
+        if val_loss is not None:
             stop_if_not_finite(val_loss, run, config)
             run.last_eval = run.iteration
             if val_loss < run.best_val_loss:

@@ -248,10 +248,13 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_it(data, tmp_path):
     args = [*TINY, f'--data_dir={large}', '--max_iters=20', '--eval_at=(10,)', '--eval_batch_size=1']
     process = start(*args, f'--out_dir={out}')
     wait_for(process, lambda: logged_up_to(out) == 10)
+    time.sleep(1)
     began = time.monotonic()
     process.terminate()
     assert process.wait(timeout=60) == 128 + signal.SIGTERM and time.monotonic() - began < 4
-    assert load(out / 'ckpt_latest.pt')['iter_num'] == 10 and not (out / 'ckpt10.pt').exists()
+    checkpoint = load(out / 'ckpt_latest.pt')
+    assert checkpoint['iter_num'] == 10 and not (out / 'ckpt10.pt').exists()
+    assert checkpoint['run']['seconds'] - float(log(out)[-1]['seconds']) < 0.5  # it was no training
     large_validation(data, tmp_path / 'small', 1)
     call('train.py', *args, f'--data_dir={tmp_path}/small', f'--out_dir={out}', '--init_from=resume')
     rows = [(row['iteration'], bool(row['val_loss'])) for row in log(out)]
