@@ -19,7 +19,7 @@ demo: $(VENV)/installed
 	@echo 'Look at out/demo/landscapes.png, and at data/demo/preview.png, which it has learnt from.'
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal tests
 
 # the file stands for a finished installation: one that was interrupted is done again
 $(VENV)/installed: requirements.txt Makefile

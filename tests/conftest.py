@@ -2,9 +2,12 @@
 import multiprocessing
 import os
 import runpy
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +23,8 @@ ENV = {**os.environ, 'PYTHONPATH': ''}
 PIPED = dict(env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 # importing torch takes seconds: it is done once, in a server that forks a process for each script
 WARM = multiprocessing.get_context('forkserver')
-WARM.set_forkserver_preload(['conftest', 'prepare', 'train', 'sample', 'torch._dynamo'])
+WARM.set_forkserver_preload(['conftest', 'prepare', 'train', 'sample', 'torch._dynamo',
+                             'matplotlib.pyplot', 'datasets'])
 os.environ['PYTHONPATH'] = os.pathsep.join([str(ROOT), str(ROOT / 'tests')])  # where the server finds them
 # a model that trains in a second
 TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--learning_rate=3e-3', '--warmup_iters=5', '--batch_size=8',
@@ -40,26 +44,61 @@ def torchrun(*args):
     return [*launcher, str(ROOT / 'train.py'), *map(str, args)]
 
 
-def run_script(script, args, output, cwd):
+def run_script(script, args, output, cwd, env):
     """What python does with a script, in a process of its own that has imported torch already."""
     multiprocessing.set_start_method(None, force=True)  # for its own children: the usual one
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # `make test &` ignores Ctrl-C, and so would a child
     os.chdir(cwd)
+    os.environ.update(env)
     with open(output, 'w') as f:
         os.dup2(f.fileno(), 1), os.dup2(f.fileno(), 2)
     sys.argv, sys.path[0] = [script, *args], os.path.dirname(script)
     runpy.run_path(script, run_name='__main__')
 
 
+class Script:
+    """A script that runs in a process of its own."""
+
+    def __init__(self, script, *args, cwd='.', env={}):
+        self.output = tempfile.NamedTemporaryFile('r')
+        args = (str(ROOT / script), [str(a) for a in args], self.output.name, str(cwd), env)
+        self.process = WARM.Process(target=run_script, args=args)
+        self.process.start()
+
+    def wait_for(self, condition):
+        while not condition():
+            assert self.process.is_alive(), self.end()
+            time.sleep(0.002)
+
+    def send(self, number):
+        os.kill(self.process.pid, number)
+
+    def end(self, timeout=240):
+        """Wait for its end -> what it printed, standard output and error together. code is its exit code."""
+        self.process.join(timeout)
+        self.process.kill()
+        self.process.join()
+        self.code = self.process.exitcode
+        return self.output.read()
+
+
 def call(script, *args, code=0, cwd='.'):
-    """Run a script to its end and check its exit code -> what it printed, standard output and error together."""
-    script, args = str(ROOT / script), [str(a) for a in args]
-    with tempfile.NamedTemporaryFile('r') as output:
-        process = WARM.Process(target=run_script, args=(script, args, output.name, str(cwd)))
-        process.start()
-        process.join(240)
-        process.kill()
-        printed = output.read()
-    assert process.exitcode == code, printed
+    """Run a script to its end and check its exit code -> what it printed."""
+    process = Script(script, *args, cwd=cwd)
+    printed = process.end()
+    assert process.code == code, printed
+    return printed
+
+
+def call_two_ranks(*args):
+    """train.py in two processes that find each other as torchrun tells them to -> what each of them printed."""
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        port = str(s.getsockname()[1])  # a free one
+    env = dict(WORLD_SIZE='2', MASTER_ADDR='localhost', MASTER_PORT=port)
+    ranks = [Script('train.py', *args, env={**env, 'RANK': rank, 'LOCAL_RANK': rank}) for rank in '01']
+    printed = [rank.end() for rank in ranks]
+    assert [rank.code for rank in ranks] == [0, 0], printed
     return printed
 
 

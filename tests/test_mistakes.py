@@ -235,7 +235,7 @@ def test_one_line_and_a_non_zero_exit(name, places):
     assert not places['mark'].exists()  # no file has run code
 
 
-@pytest.mark.parametrize('name', ['a size of nothing', 'a meta.pkl that runs code', 'a checkpoint that runs code'])
+@pytest.mark.parametrize('name', ['a size of nothing', 'a checkpoint that runs code'])
 def test_so_does_a_command_typed_at_a_prompt(name, places):
     line, words = (text.format(**places) for text in MISTAKES[name])
     done = subprocess.run(command(*line.split(' ')), **PIPED)

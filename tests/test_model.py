@@ -60,17 +60,17 @@ def generator(seed):
 
 @kinds
 def test_loss_before_training_is_that_of_a_guess(kind):
-    tokens = torch.randint(4096, (4, 1024), generator=generator(0))
-    for seed in range(3):
-        loss = small(kind, tokens=1024, seed=seed, n_layer=4, n_head=4, n_embd=128)(tokens)
+    tokens = torch.randint(4096, (4, 256), generator=generator(0))
+    for seed in range(2):
+        loss = small(kind, tokens=256, seed=seed, n_layer=4, n_head=4, n_embd=128)(tokens)
         assert abs(loss.item() - math.log(4096)) < 0.1
 
 
 @pytest.mark.parametrize('kind', ['plain', 'ancestor', 'local column'])
 def test_a_single_batch_can_be_learnt_by_heart(kind):
-    model, tokens = small(kind).train(), images(4)
-    (optimizer,) = model.configure_optimizers(0.0, 3e-3, (0.9, 0.95))
-    for _ in range(200):
+    model, tokens = small(kind).train(), images(2)
+    (optimizer,) = model.configure_optimizers(0.0, 6e-3, (0.9, 0.95))
+    for _ in range(80):
         loss = model(tokens)
         loss.backward()
         optimizer.step()
@@ -82,12 +82,12 @@ def test_muon_makes_orthogonal_what_adamw_leaves_to_it():
     for shape in ((96, 32), (32, 128)):
         singular = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
         assert singular.min() > 0.6 and singular.max() < 1.3
-    model, tokens = small('local column').train(), images(4)
-    optimizers = model.configure_optimizers(0.0, 3e-3, (0.9, 0.95), muon_lr=0.02)
+    model, tokens = small('local column').train(), images(2)
+    optimizers = model.configure_optimizers(0.0, 6e-3, (0.9, 0.95), muon_lr=0.04)
     held = [{id(p) for group in optimizer.param_groups for p in group['params']} for optimizer in optimizers]
     assert not held[0] & held[1] and held[0] | held[1] == {id(p) for p in model.parameters()}
     assert id(model.transformer.wte.weight) in held[0] and id(model.transformer.h[0].mlp.c_fc.weight) in held[1]
-    for _ in range(100):
+    for _ in range(40):
         loss = model(tokens)
         loss.backward()
         for optimizer in optimizers:
@@ -217,7 +217,7 @@ def test_attention_fades_with_distance(kind):
         assert torch.allclose(y[here].view(2, 16)[head], expected.view(2, 16)[head], atol=1e-5)
 
 
-@kinds
+@pytest.mark.parametrize('kind', ['ancestor', 'local column', 'reach'])
 def test_attention_never_leaves_the_fast_kernel_of_a_cpu(kind):
     model = small(kind)
     with torch.profiler.profile() as profile:
@@ -231,8 +231,8 @@ def test_attention_never_leaves_the_fast_kernel_of_a_cpu(kind):
 def test_the_first_pixel_is_learnt_from_the_start_embedding():
     model, tokens = small().train(), images(1).repeat(4, 1)
     tokens[:, 0] = torch.tensor([0xFEC, 0xFEC, 0xFEC, 0x123])
-    (optimizer,) = model.configure_optimizers(0.0, 3e-3, (0.9, 0.95))
-    for _ in range(200):
+    (optimizer,) = model.configure_optimizers(0.0, 6e-3, (0.9, 0.95))
+    for _ in range(60):
         model(tokens).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -302,22 +302,23 @@ OPTIONS = {
 }
 
 
-def paints_as_the_plain_loop_does(kind, batch, options):
-    model = small(kind, std=0.2)
-    # from nothing (or one pixel), and from five rows of different pictures
-    for pixels in (int(kind == 'ancestor'), 5 * SIDE):
-        prompt = images(batch)[:, :pixels]
-        paint = lambda use_cache: model.generate(prompt, use_cache=use_cache, generator=generator(3), **options)
-        cached, plain = paint(True), paint(False)
-        assert cached.shape == (batch, TOKENS) and (cached == plain).all()
-        assert (cached[:, :pixels] == prompt).all()
-        assert len(cached[:, pixels:].unique()) > 5  # it is not one colour for ever
+def paints_as_the_plain_loop_does(kind, batch, given, options={}):
+    model, prompt = small(kind, std=0.2), images(batch)[:, :given]
+    paint = lambda use_cache: model.generate(prompt, use_cache=use_cache, generator=generator(3), **options)
+    cached, plain = paint(True), paint(False)
+    assert cached.shape == (batch, TOKENS) and (cached == plain).all()
+    assert (cached[:, :given] == prompt).all()
+    assert len(cached[:, given:].unique()) > 5  # it is not one colour for ever
 
 
 @kinds
-@pytest.mark.parametrize('batch', [1, 3])
-def test_the_cache_changes_no_token(kind, batch):
-    paints_as_the_plain_loop_does(kind, batch, {})
+def test_the_cache_changes_no_token(kind):
+    paints_as_the_plain_loop_does(kind, 1, given=int(kind == 'ancestor'))
+
+
+@kinds
+def test_the_cache_changes_no_token_of_several_pictures_that_are_given_five_rows(kind):
+    paints_as_the_plain_loop_does(kind, 3, given=5 * SIDE)
 
 
 @pytest.mark.parametrize('reach', [2, 5, SIDE + 3])
@@ -327,7 +328,7 @@ def test_waves_paint_what_the_plain_loop_paints_whatever_is_given_and_asked_for(
     # given are nothing, parts of rows, rows, all but a pixel
     for given in (0, 1, 5, SIDE - 1, SIDE, SIDE + 5, 5 * SIDE, TOKENS - 1):
         prompt = images(2)[:, :given]
-        for new in (None, 3, 20):
+        for new in (3, 20, None) if given in (0, SIDE + 5, 5 * SIDE) else (1,):
             if new is None or given + new <= TOKENS:
                 assert paint(prompt, new).equal(paint(prompt, new, use_cache=False)), (given, new)
 
@@ -348,10 +349,9 @@ def test_pixels_of_a_wave_lie_on_a_diagonal_and_every_pixel_in_one():
         assert painted == set(range(count))
 
 
-@pytest.mark.parametrize('batch', [1, 8])
 @pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS)
-def test_the_cache_changes_no_token_with_any_option(batch, options):
-    paints_as_the_plain_loop_does('plain', batch, options)
+def test_the_cache_changes_no_token_with_any_option(options):
+    paints_as_the_plain_loop_does('plain', 2, 5 * SIDE, options)
 
 
 @kinds
@@ -368,13 +368,13 @@ def test_cached_logits_are_those_of_whole_images(kind):
         assert decoder.painted().equal(tokens)
 
 
-@kinds
+@pytest.mark.parametrize('kind', ['ancestor', 'full', 'local column', 'reach'])
 def test_the_steps_of_a_graph_paint_the_same(kind):
     # all of graph_loop but the capture
     model = small(kind, std=0.2)
     draw = lambda logits, noise: sample(filter_logits(logits, top_p=0.95), noise)
     seeds = torch.tensor([4, 5])
-    for first in (int(kind == 'ancestor'), 1, 50):
+    for first in (int(kind == 'ancestor'), 50):
         painted = []
         for paint in (wave_loop, graph_loop):
             image = images(2)

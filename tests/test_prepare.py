@@ -249,10 +249,10 @@ def test_a_repository_in_the_very_shape_of_the_default_data_set(tmp_path, layout
     # Nature-Landscape: 512x512 PNG, the columns image and text, an image folder with metadata.jsonl;
     # through load_dataset, as from the Hub
     import datasets
-    drawn, repo = prepare.Synthetic(4, 0, 512), tmp_path / 'ferrariedhgs' / 'Nature-Landscape'
+    drawn, repo = prepare.Synthetic(4, 0, 64), tmp_path / 'ferrariedhgs' / 'Nature-Landscape'
     repo.mkdir(parents=True)
     for i in range(4):
-        drawn.picture(i).save(repo / f'image_{i}.png')
+        drawn.picture(i).resize((512, 512)).save(repo / f'image_{i}.png')
     lines = [json.dumps({'file_name': f'image_{i}.png', 'text': 'a landscape'}) + '\n' for i in range(4)]
     (repo / 'metadata.jsonl').write_text(''.join(lines))
     (repo / 'README.md').write_text('---\nlicense: apache-2.0\n---\n# Nature-Landscape\n')

@@ -15,7 +15,7 @@ import torch
 
 import extras
 import train
-from conftest import ENV, PIPED, RECOMMENDED, ROOT, TINY, call, command, torchrun
+from conftest import ENV, PIPED, RECOMMENDED, ROOT, TINY, WARM, Script, call, call_two_ranks, command, torchrun
 from helpers import load, log, run, same
 
 # -----------------------------------------------------------------------------
@@ -38,23 +38,15 @@ def size_of(path):
         return 0
 
 
-def kill_when(process, condition):
-    """kill -9, the moment that condition holds."""
-    while not condition():
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-@pytest.mark.parametrize('model', [[], [*RECOMMENDED, '--average=0.2']], ids=['plain', 'recommended'])
-def test_resuming_after_kill_9_is_exact(data, tmp_path, model):
+def test_resuming_after_kill_9_is_exact(data, tmp_path):
     # with dropout, so that the random numbers count as well
-    args = [*TINY, *model, f'--data_dir={data}', '--dropout=0.1', '--max_iters=20', '--eval_interval=10']
+    args = [*TINY, *RECOMMENDED, '--average=0.2', f'--data_dir={data}', '--dropout=0.1', '--max_iters=20', '--eval_interval=10']
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
     call('train.py', *args, f'--out_dir={whole}')
-    process = subprocess.Popen(command('train.py', *args, f'--out_dir={killed}'), **PIPED)
-    kill_when(process, (killed / 'ckpt10.pt').exists)
+    process = Script('train.py', *args, f'--out_dir={killed}')
+    process.wait_for((killed / 'ckpt10.pt').exists)
+    process.send(signal.SIGKILL)
+    process.end()
     assert not (killed / 'ckpt20.pt').exists()
     out = call('train.py', *args, f'--out_dir={killed}', '--init_from=resume')
     assert 'ckpt10.pt, iteration 10' in out
@@ -62,20 +54,24 @@ def test_resuming_after_kill_9_is_exact(data, tmp_path, model):
     assert (whole / 'images' / 'output20.png').read_bytes() == (killed / 'images' / 'output20.png').read_bytes()
 
 
+def save_again_and_again(path, size, values):
+    for value in values:
+        extras.save_checkpoint({'w': torch.full((size,), float(value))}, path)
+
+
 def test_kill_9_while_a_checkpoint_is_written_leaves_the_earlier_one(tmp_path):
     path = tmp_path / 'ckpt.pt'
-    code = '''
-import sys, torch, extras
-for i in range(1000):
-    extras.save_checkpoint({'model': {'w': torch.full((40_000_000,), float(i))}}, sys.argv[1])
-'''
+    partial = lambda: next(tmp_path.glob('ckpt.pt.*.partial'), None)
     for trial in range(3):
-        process = subprocess.Popen([sys.executable, '-c', code, str(path)], **PIPED, cwd=ROOT)
-        partial = lambda: next(tmp_path.glob('ckpt.pt.*.partial'), None)
-        kill_when(process, lambda: path.exists() and 0 < size_of(partial()) < 150_000_000)
-        assert 0 < size_of(partial()) < 160_000_000  # really in the middle
-        w = load(path)['model']['w']
-        assert len(w) == 40_000_000 and (w == w[0]).all()
+        process = WARM.Process(target=save_again_and_again, args=(path, 20_000_000, range(1000)))
+        process.start()
+        while not (path.exists() and 0 < size_of(partial()) < 70_000_000):
+            assert process.is_alive()
+        process.kill()
+        process.join()
+        assert 0 < size_of(partial()) < 80_000_000  # really in the middle
+        w = load(path)['w']
+        assert len(w) == 20_000_000 and (w == w[0]).all()
         partial().unlink(), path.unlink()
 
 
@@ -119,18 +115,14 @@ extras.run(lambda: extras.save_checkpoint({'model': torch.ones(1_000_000)}, sys.
 
 
 def test_two_processes_that_write_one_path_do_not_meet(tmp_path):
-    code = '''
-import sys, torch, extras
-for i in range(40):
-    extras.save_checkpoint({'w': torch.full((200_000,), float(sys.argv[2]))}, sys.argv[1])
-'''
-    write = lambda n: subprocess.Popen([sys.executable, '-c', code, str(tmp_path / 'a.pt'), str(n)],
-                                       env=ENV, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    write = lambda n: WARM.Process(target=save_again_and_again, args=(tmp_path / 'a.pt', 200_000, [n] * 40))
     writers = [write(1), write(2)]
-    while any(writer.poll() is None for writer in writers):
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
         if (tmp_path / 'a.pt').exists():
             assert load(tmp_path / 'a.pt')['w'].unique().numel() == 1
-    assert [writer.communicate()[1] for writer in writers] == ['', '']
+    assert [writer.exitcode for writer in writers] == [0, 0]
     assert os.listdir(tmp_path) == ['a.pt']
 
 
@@ -170,20 +162,6 @@ def undisturbed(data, tmp_path_factory):
     return folder
 
 
-def start(*args):
-    """train.py in the background, as from a terminal: `make test &` ignores Ctrl-C, and so would a child."""
-    def as_from_a_terminal():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
-    return subprocess.Popen(command('train.py', *args), **PIPED, preexec_fn=as_from_a_terminal)
-
-
-def wait_for(process, condition):
-    while not condition():
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.002)
-
-
 def logged_up_to(folder):
     return max((int(row.split(',')[0]) for row in train.read_log(folder / 'log.csv')), default=-1)
 
@@ -192,11 +170,11 @@ def logged_up_to(folder):
 def test_a_signal_finishes_the_step_and_the_printed_command_goes_on_exactly(data, undisturbed, tmp_path, number):
     folder = tmp_path / 'my run'
     args = [*STEADY, f'--data_dir={data}', f'--out_dir={folder}']
-    process = start(*args, '--overwrite', 'True')  # two words, which the printed command leaves out
-    wait_for(process, lambda: logged_up_to(folder) >= 10)
-    process.send_signal(number)
-    printed = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + number and 'Traceback' not in printed
+    process = Script('train.py', *args, '--overwrite', 'True')  # two words, which the printed command leaves out
+    process.wait_for(lambda: logged_up_to(folder) >= 10)
+    process.send(number)
+    printed = process.end(60)
+    assert process.code == 128 + number and 'Traceback' not in printed
     iteration = load(folder / 'ckpt_latest.pt')['iter_num']
     assert 10 <= iteration < 40
     again = ['python', str(ROOT / 'train.py'), *args, '--init_from=resume']
@@ -208,11 +186,11 @@ def test_a_signal_finishes_the_step_and_the_printed_command_goes_on_exactly(data
 
 def test_before_the_first_step_too(data, undisturbed, tmp_path):
     args = [*STEADY, f'--data_dir={data}', f'--out_dir={tmp_path}']
-    process = start(*args)
-    wait_for(process, (tmp_path / 'log.csv').exists)  # it has just begun
-    process.terminate()
-    process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM or not (tmp_path / 'ckpt_latest.pt').exists()
+    process = Script('train.py', *args)
+    process.wait_for((tmp_path / 'log.csv').exists)  # it has just begun
+    process.send(signal.SIGTERM)
+    process.end(60)
+    assert process.code == 128 + signal.SIGTERM or not (tmp_path / 'ckpt_latest.pt').exists()
     if (tmp_path / 'ckpt_latest.pt').exists():
         call('train.py', *args, '--init_from=resume')
         assert_same_run(undisturbed, tmp_path)
@@ -222,11 +200,11 @@ def test_kill_9_at_random_moments_between_checkpoints_by_the_clock(data, undistu
     args = [*STEADY, f'--data_dir={data}', f'--out_dir={tmp_path}', '--save_every_minutes=1e-4']
     rng, begin = np.random.default_rng(), []
     for _ in range(4):
-        process, upto = start(*args, *begin), logged_up_to(tmp_path) + 1
-        wait_for(process, lambda: logged_up_to(tmp_path) >= upto)
+        process, upto = Script('train.py', *args, *begin), logged_up_to(tmp_path) + 1
+        process.wait_for(lambda: logged_up_to(tmp_path) >= upto)
         time.sleep(rng.random() * 0.1)
-        process.kill()
-        process.wait()
+        process.send(signal.SIGKILL)
+        process.end()
         if (tmp_path / 'ckpt_latest.pt').exists() or list(tmp_path.glob('ckpt*.pt')):
             begin = ['--init_from=resume']
     call('train.py', *args, *begin, '--overwrite=True')
@@ -246,12 +224,13 @@ def large_validation(data, folder, times):
 def test_a_signal_during_an_evaluation_does_not_wait_for_it(data, tmp_path):
     large, out = large_validation(data, tmp_path / 'data', 1000), tmp_path / 'out'
     args = [*TINY, f'--data_dir={large}', '--max_iters=20', '--eval_at=(10,)', '--eval_batch_size=1']
-    process = start(*args, f'--out_dir={out}')
-    wait_for(process, lambda: logged_up_to(out) == 10)
+    process = Script('train.py', *args, f'--out_dir={out}')
+    process.wait_for(lambda: logged_up_to(out) == 10)
     time.sleep(1)
     began = time.monotonic()
-    process.terminate()
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM and time.monotonic() - began < 4
+    process.send(signal.SIGTERM)
+    process.end(60)
+    assert process.code == 128 + signal.SIGTERM and time.monotonic() - began < 4
     checkpoint = load(out / 'ckpt_latest.pt')
     assert checkpoint['iter_num'] == 10 and not (out / 'ckpt10.pt').exists()
     assert checkpoint['run']['seconds'] - float(log(out)[-1]['seconds']) < 0.5  # it was no training
@@ -263,15 +242,15 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_it(data, tmp_path):
 
 def test_a_second_signal_stops_at_once(data, tmp_path):
     endless = ['--batch_size=20000', '--gradient_accumulation_steps=10000']
-    process = start(*TINY, f'--data_dir={data}', f'--out_dir={tmp_path}', *endless)
-    wait_for(process, (tmp_path / 'log.csv').exists)
+    process = Script('train.py', *TINY, f'--data_dir={data}', f'--out_dir={tmp_path}', *endless)
+    process.wait_for((tmp_path / 'log.csv').exists)
     time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
+    process.send(signal.SIGINT)
     time.sleep(0.5)
-    assert process.poll() is None  # it finishes its step
-    process.send_signal(signal.SIGINT)
-    printed = process.communicate(timeout=10)[0]
-    assert process.returncode == 130 and printed.endswith('stopped\n') and 'Traceback' not in printed
+    assert process.process.is_alive()  # it finishes its step
+    process.send(signal.SIGINT)
+    printed = process.end(10)
+    assert process.code == 130 and printed.endswith('stopped\n') and 'Traceback' not in printed
     assert not list(tmp_path.glob('ckpt*'))
 
 
@@ -280,15 +259,15 @@ def test_two_ranks_stop_together(data, tmp_path, how):
     two_ranks = torchrun(*TINY, f'--data_dir={data}', f'--out_dir={tmp_path}', '--max_iters=100000')
     heed_ctrl_c = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(two_ranks, **PIPED, start_new_session=True, preexec_fn=heed_ctrl_c)
-    wait_for(process, lambda: logged_up_to(tmp_path) >= 10)
+    while logged_up_to(tmp_path) < 10:
+        assert process.poll() is None, process.stdout.read()
     process.terminate() if how.startswith('SIGTERM') else os.killpg(process.pid, signal.SIGINT)
     printed = process.communicate(timeout=60)[0]
     assert 'stopped at iteration' in printed and 'torchrun ...' in printed
     iteration = load(tmp_path / 'ckpt_latest.pt')['iter_num']
     # resumed, without a step left to do
-    done = subprocess.run([*two_ranks, '--init_from=resume', f'--max_iters={iteration}'], **PIPED, timeout=120)
-    assert done.returncode == 0, done.stdout
-    assert f'going on from {tmp_path}/ckpt_latest.pt, iteration {iteration}' in done.stdout, done.stdout
+    args = [*TINY, f'--data_dir={data}', f'--out_dir={tmp_path}', '--init_from=resume', f'--max_iters={iteration}']
+    assert f'going on from {tmp_path}/ckpt_latest.pt, iteration {iteration}' in call_two_ranks(*args)[0]
 
 
 def contents(folder):
@@ -365,9 +344,9 @@ def test_a_full_disk_while_training_is_one_line(data, tmp_path):
 
 def test_weights_of_another_image_size_start_a_new_run(data, tmp_path):
     call('prepare.py', '--source', 'synthetic', '--num_images', 20, '--size', '32x24', '--out_dir', tmp_path / 'larger')
-    run(data, tmp_path / 'a', *RECOMMENDED, '--max_iters=60')
+    run(data, tmp_path / 'a', *RECOMMENDED, '--max_iters=25')
     small_step, bits = ['--max_iters=1', '--learning_rate=1e-6', '--min_lr=0', '--muon_lr=1e-6'], {}
-    for name, args in (('new', []), ('larger', [f'--init_from={tmp_path}/a/ckpt60.pt'])):
+    for name, args in (('new', []), ('larger', [f'--init_from={tmp_path}/a/ckpt25.pt'])):
         out = run(tmp_path / 'larger', tmp_path / name, *RECOMMENDED, *small_step, *args)
         bits[name] = float(log(tmp_path / name)[-1]['bits_per_pixel'])
     assert 'a new run with the weights of' in out and bits['larger'] < bits['new'] - 2
