@@ -258,17 +258,26 @@ def compare(tokens, real, train_points, seeds=5):
 
 
 @torch.inference_mode()
-def bits_per_pixel(model, tokens, what):
-    """Return the bits per pixel of a model on images (n, H, W)."""
-    images = torch.from_numpy(tokens.reshape(len(tokens), -1).astype(np.int64)).to(model.lm_head.weight.device)
-    nats = sum(model(batch).item() * len(batch) for batch in tqdm(images.split(4), desc=what, leave=False))
-    return nats / len(tokens) / math.log(2)
+def pixel_bits(model, tokens, what):
+    """Return the bits of each pixel, averaged over images (n, H, W): (H, W), NaN for a first pixel that is given."""
+    images = torch.from_numpy(tokens.reshape(len(tokens), 1, -1).astype(np.int64)).to(model.lm_head.weight.device)
+    nats = 0
+    for image in tqdm(images, desc=what, leave=False):  # one at a time: its logits take 67 MB
+        logits = model.logits(image)[0]
+        nats = nats + F.cross_entropy(logits, image[0, -len(logits):], reduction='none').double()
+    nats = F.pad(nats / len(tokens), (image.size(1) - len(nats), 0), value=math.nan)
+    return nats.view(tokens.shape[1:]).cpu().numpy() / math.log(2)
 
 
 def paint(model, real, options):
-    """Return samples of a model, as many as there are images in real, (n, H, W)."""
+    """Return samples of a model, as many as there are images in real, (n, H, W).
+
+    options are those of GPT.generate, and rows: how many rows of each real image are kept.
+    """
     n, height, width = real.shape
-    prompts = np.zeros((n, 0)) if model.config.start_embedding else real[:, 0, :1]
+    options = dict(options)
+    given = options.pop('rows', 0) * width or int(not model.config.start_embedding)
+    prompts = real.reshape(n, -1)[:, :given]
     generator = torch.Generator().manual_seed(1)
     pixels = n * (height * width - prompts.shape[1])
     with tqdm(total=pixels, unit='px', unit_scale=True, desc='painting', leave=False) as bar:
@@ -285,9 +294,9 @@ def frequencies(train, real):
 
 
 def parse_sampling(text):
-    """Return options of GPT.generate from text such as 'temperature=0.9,top_p=0.95'."""
+    """Return options of paint from text such as 'temperature=0.9,top_p=0.95'."""
     options = dict(pair.split('=') for pair in text.split(',') if pair != 'plain')
-    return {name: int(value) if name == 'top_k' else float(value) for name, value in options.items()}
+    return {name: int(value) if name in ('top_k', 'rows') else float(value) for name, value in options.items()}
 
 
 def save_closest_pairs(tokens, train, path, count=8):
@@ -331,7 +340,8 @@ def main():
     parser.add_argument('--data', default='data/photos')
     parser.add_argument('--num_samples', type=int, default=1000)
     parser.add_argument('--sampling', nargs='+', default=['plain'],
-                        help="options of the sampler, as in temperature=0.9,top_p=0.95; 'plain' for none")
+                        help="options of the sampler, as in temperature=0.9,top_p=0.95; 'plain' for none; rows=32 "
+                             'completes real images instead, of which 32 rows are kept')
     parser.add_argument('--out', type=Path, default=ROOT / 'out' / 'quality')
     args = parser.parse_args()
     began = time.time()
@@ -351,7 +361,7 @@ def main():
         'power spectrum, slope': spectrum_slope(levels(real)),
     }
     columns = {'validation': validation, 'floor': compare(train[floor], real, left_out)}
-    iterations, rows = {}, []
+    iterations, rows, row_bits = {}, [], {}
     for path in args.ckpt:
         if path == 'frequencies':
             tokens, on_samples, on_real = frequencies(train, real)
@@ -363,16 +373,18 @@ def main():
             continue
         checkpoint = extras.load_checkpoint(path, device)
         model = extras.build_model(checkpoint, path, device)
-        on_real = bits_per_pixel(model, real, 'validation')
+        on_real = pixel_bits(model, real, 'validation')
         for text in args.sampling:
             model_name = path if len({Path(p).stem for p in args.ckpt}) < len(args.ckpt) else Path(path).stem
             name = model_name if text == 'plain' else f'{model_name} {text}' if len(args.ckpt) > 1 else text
             tokens = paint(model, real, parse_sampling(text))
+            on_samples = pixel_bits(model, tokens, 'samples')
             columns[name] = {
                 **compare(tokens, real, points),
-                'bits per pixel, validation': on_real,
-                'bits per pixel, its samples': bits_per_pixel(model, tokens, 'samples'),
+                'bits per pixel, validation': np.nanmean(on_real),
+                'bits per pixel, its samples': np.nanmean(on_samples),
             }
+            row_bits[name] = on_samples - on_real
             iterations[name] = checkpoint.get('iter_num', 0)
             print(f'{name} after {(time.time() - began) / 60:.0f} min', file=sys.stderr)
             save_closest_pairs(tokens, train, args.out / 'pairs.png')
@@ -385,6 +397,12 @@ def main():
     for measure in list(columns.values())[-1]:
         cells = (f'{column[measure]:.3g}' if measure in column else '' for column in columns.values())
         print(table_row(measure, *cells))
+    if row_bits:  # do mistakes add up from the top of an image to its bottom?
+        print('\nBits per pixel of samples minus those of validation images, by rows\n')
+        print(table_head('rows', *row_bits))
+        for band in np.array_split(np.arange(real.shape[1]), 8):
+            cells = (f'{np.nanmean(difference[band]):+.3f}' for difference in row_bits.values())
+            print(table_row(f'{band[0]} to {band[-1]}', *cells))
 
 
 if __name__ == '__main__':
