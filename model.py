@@ -357,10 +357,9 @@ class GPT(nn.Module):
     def configure_optimizers(self, weight_decay, learning_rate, betas, muon_lr=0.0):
         """Return [AdamW] as in nanoGPT: matrices and embeddings decay, gains and biases do not; fused on CUDA.
 
-        With muon_lr [AdamW, Muon]: the matrices between embeddings and head, and those scores of the head that are
-        relative, go to Muon; the rest stays with AdamW.
+        With muon_lr [AdamW, Muon]: the matrices between embeddings and head go to Muon, the rest stays with AdamW.
         """
-        inner = ('transformer.h.', 'transformer.stem.', 'transformer.up.', 'down.', 'rel_head.')
+        inner = ('transformer.h.', 'transformer.stem.', 'transformer.up.', 'down.')
         matrices = [p for name, p in self.named_parameters() if muon_lr and p.dim() == 2 and name.startswith(inner)]
         rest = [p for p in self.parameters() if all(p is not matrix for matrix in matrices)]
         groups = [{'params': [p for p in rest if p.dim() >= 2], 'weight_decay': weight_decay},
