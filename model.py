@@ -11,7 +11,7 @@ What lets it see in two dimensions are switches of GPTConfig, all off by default
 comes first, then its loss and Muon. sample.py paints with the same layers, a few pixels at a time.
 
 Shapes: B images, T pixels, P positions (T with the start embedding, else T - 1), C = n_embd, nh = n_head, hs = C / nh,
-V = vocab_size, K = neighbours, D = n_colour or C, L = 48 (or 110) values of colour components.
+V = vocab_size, K = neighbours, D = n_colour or C.
 """
 import math
 from contextlib import nullcontext
@@ -50,7 +50,6 @@ class GPTConfig:
     n_colour: int = 0  # dimension of a colour's embedding, projected to n_embd and back for the head (0: n_embd)
     factorised_colours: bool = False  # a colour's vector is its own plus one for each of its red, green and blue levels
     relative_colours: bool = False  # logits also depend on how much each channel differs from the left and upper pixel
-    relative_chroma: bool = False  # ... and on how much red - green and blue - green do
     attention: str = 'full'  # of the layers, in turn: full, local (its row and the one above) or column: 'local column'
     # if > 0, local attention sees the row above only up to so many columns to the right, and every row begins with the
     # start embedding instead of the last pixel above: then sample.py can paint a diagonal at once. 0: all of the row
@@ -86,25 +85,10 @@ class GPTConfig:
         if self.reach and outside:
             raise ValueError(f'neighbours={self.neighbours}: only the first {outside[0]} lie within '
                              f'reach={self.reach}; raise it or take fewer')
-        if self.relative_chroma and not self.relative_colours:
-            raise ValueError('relative_chroma needs relative_colours=True')
         if (self.factorised_colours or self.relative_colours) and self.vocab_size != LEVELS ** 3:
             raise ValueError(f'vocab_size={self.vocab_size}: factorised and relative colours need {LEVELS ** 3}')
         if self.block_size % self.pad_to:
             raise ValueError(f'{self.block_size} pixels have to be whole rows of {self.width}')
-
-
-def colour_components(chroma):
-    """Return what relative scores compare: red, green and blue, with chroma also red - green and blue - green.
-
-    Each is a pair: its value in every colour, (V,), from 0 on, and the number of values. In photographs the channels
-    change together, and their differences hardly.
-    """
-    level = torch.arange(LEVELS)
-    red, green, blue = torch.cartesian_prod(level, level, level).unbind(1)
-    channels = [(red, LEVELS), (green, LEVELS), (blue, LEVELS)]
-    differences = [(red - green + LEVELS - 1, 2 * LEVELS - 1), (blue - green + LEVELS - 1, 2 * LEVELS - 1)]
-    return channels + differences if chroma else channels
 
 
 def checkpointed(function, x):
@@ -249,20 +233,16 @@ class GPT(nn.Module):
         self.transformer.wte.weight = self.lm_head.weight  # tied: a colour has one vector, read and written
         self.transformer['up'] = nn.Linear(D, c.n_embd, bias=False) if c.n_colour else nn.Identity()
         self.down = nn.Linear(c.n_embd, D, bias=False) if c.n_colour else nn.Identity()
-        # the components of a colour as one-hot vectors side by side, (V, L): L is 48, or 110 with relative_chroma
-        components = colour_components(c.relative_chroma)
-        one_hot = torch.cat([F.one_hot(value, count) for value, count in components], dim=1)
-        self.register_buffer('one_hot', one_hot.float(), persistent=False)
-        # a component of 16 values differs by -15 .. 15 from that of neighbour n: it has 31 scores. Row n tells which of
-        # them its columns get, (V + 1, L). Outside the image, n = V, all get the same one, which softmax ignores
-        score_index, scores = [], 0
-        for value, count in components:
-            difference = torch.arange(count) - value[:, None]  # (V, count)
-            score_index.append(scores + F.pad(difference + count - 1, (0, 0, 0, 1)))
-            scores += 2 * count - 1
-        self.register_buffer('score_index', torch.cat(score_index, dim=1), persistent=False)
-        if c.relative_colours:  # scores beside the left pixel and beside the upper one, 93 or 215 each
-            self.rel_head = nn.Linear(c.n_embd, 2 * scores)
+        if c.relative_colours:  # a score for each difference -15 .. 15 of 3 channels to the left and to the upper pixel
+            self.rel_head = nn.Linear(c.n_embd, 2 * 3 * (2 * LEVELS - 1))
+        level = torch.arange(LEVELS)
+        levels = torch.cartesian_prod(level, level, level)  # red, green and blue of each colour, (V, 3)
+        self.register_buffer('one_hot', F.one_hot(levels, LEVELS).flatten(1).float(), persistent=False)  # (V, 48)
+        # [n, 16 * channel + level] = 31 * channel + 15 + level - (that channel's level in neighbour n): which of the 93
+        # scores applies, (V + 1, 48). Outside the image, n = V, all levels of a channel get one, which softmax ignores
+        score_index = F.pad(level - levels[:, :, None] + LEVELS - 1, (0, 0, 0, 0, 0, 1))  # 0 .. 30, (V + 1, 3, 16)
+        score_index = (score_index + torch.arange(3)[:, None] * (2 * LEVELS - 1)).flatten(1)
+        self.register_buffer('score_index', score_index, persistent=False)
 
         # GPT-2's initialisation: the more layers add to the residual stream, the smaller they start
         for name, p in self.named_parameters():
@@ -287,9 +267,7 @@ class GPT(nn.Module):
     def colours(self):
         """Return the embedding of each colour, which the head uses too, (V, D)."""
         table = self.transformer.wte.weight
-        if self.config.factorised_colours:
-            table = table + self.one_hot[:, :3 * LEVELS] @ self.transformer.wle.weight
-        return table
+        return table + self.one_hot @ self.transformer.wle.weight if self.config.factorised_colours else table
 
     def positions(self):
         """Return the embedding of each position, (block_size, C)."""
@@ -306,14 +284,14 @@ class GPT(nn.Module):
         return torch.stack(shifted, dim=-1).flatten(1, 2)
 
     def relative_scores(self, scores, neighbours):
-        """Scores of rel_head (..., 186 or 430) and neighbours (..., 2 or more) -> their scores, (..., L)."""
-        index = F.embedding(neighbours[..., :2], self.score_index)  # beside the left and the upper pixel, (..., 2, L)
+        """Scores of rel_head (..., 186) and neighbours (..., 2 or more) -> scores of the 3 * 16 levels, (..., 48)."""
+        index = F.embedding(neighbours[..., :2], self.score_index)  # beside the left and the upper pixel, (..., 2, 48)
         return scores.view(*scores.shape[:-1], 2, -1).gather(-1, index).sum(-2)
 
     def features(self, tokens, kv=None):
         """The first T pixels of images (B, T) -> inputs of the head (B, P, D'), and its weights (V, D').
 
-        The last P pixels are predicted, each from those before it. D' is D, with relative colours D + L: the logits
+        The last P pixels are predicted, each from those before it. D' is D, with relative colours D + 48: the logits
         are one product in either case. kv as in CausalSelfAttention.
         """
         c, h, T = self.config, self.transformer, tokens.size(1)

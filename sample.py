@@ -166,8 +166,6 @@ class Decoder:
             self.stem_proj = linear(h.stem.c_proj)
         if c.relative_colours:
             self.rel_head = linear(model.rel_head)
-            level = torch.arange(LEVELS, device=device)
-            self.red_less_green = level[:, None] - level + LEVELS - 1  # [red, green] -> 0 .. 30
 
         # the canvas: pixels painted so far and a margin of 3, with V in the margin and where nothing is painted yet
         pixels, row = torch.arange(H * W, device=device), W + 6
@@ -244,14 +242,9 @@ class Decoder:
         x = self.ln_f(x)
         logits = self.head(self.down(x))
         if c.relative_colours:
-            scores = self.model.relative_scores(self.rel_head(x), neighbours).flatten(0, -2)  # (n * B, 48 or 110)
-            red, green, blue = scores[:, :3 * LEVELS].unflatten(1, (3, LEVELS)).unbind(1)
-            red_green, green_blue = red[:, :, None], green[:, :, None] + blue[:, None]  # (n * B, 16, 16)
-            if c.relative_chroma:
-                less_green = scores[:, 3 * LEVELS:].unflatten(1, (2, 2 * LEVELS - 1))  # red - green, blue - green
-                red_green = red_green + less_green[:, 0, self.red_less_green]
-                green_blue = green_blue + less_green[:, 1, self.red_less_green.t()]
-            logits += (red_green[..., None] + green_blue[:, None]).flatten(1)  # (n * B, 16, 16, 16) -> (n * B, V)
+            red, green, blue = self.model.relative_scores(self.rel_head(x), neighbours).view(-1, 3, LEVELS).unbind(1)
+            green_blue = (green[:, :, None] + blue[:, None]).flatten(1)  # (n * B, 256)
+            logits += (red[:, :, None] + green_blue[:, None]).flatten(1)  # (n * B, 16, 256) -> (n * B, V)
         return logits
 
     def cache_places(self, kind, column, row, lane, position):

@@ -17,10 +17,10 @@ TO_TRAINING_SET = 'distance to the training set, over that of real images'
 
 @pytest.fixture(scope='module')
 def sets(tmp_path_factory):
-    """Twice 45 landscapes of 64x64, and 45 to train on."""
+    """Twice 90 landscapes of 64x64, and 90 to train on."""
     folder = tmp_path_factory.mktemp('quality')
-    call('prepare.py', '--source', 'synthetic', '--num_images', 150, '--size', 64, '--out_dir', folder)
-    tokens = np.fromfile(folder / 'train.bin', '<u2').reshape(3, 45, 64, 64)
+    call('prepare.py', '--source', 'synthetic', '--num_images', 300, '--size', 64, '--out_dir', folder)
+    tokens = np.fromfile(folder / 'train.bin', '<u2').reshape(3, 90, 64, 64)
     return dict(zip(('real', 'other', 'train'), tokens))
 
 
@@ -43,7 +43,7 @@ def measured(sets):
         'streaked': np.repeat(real[:, :, ::8], 8, axis=2),
     }
     points = quality.small(sets['train'])
-    compare = lambda tokens: quality.compare(np.ascontiguousarray(tokens), real, points, seeds=1)
+    compare = lambda tokens: quality.compare(np.ascontiguousarray(tokens), real, points, seeds=2)
     return {name: compare(tokens) for name, tokens in changed.items()}
 
 
@@ -53,12 +53,12 @@ def test_a_set_is_itself(measured):
             assert value == pytest.approx(0, abs=1e-4), name
         if 'coverage' in name:
             assert value == 1, name
-    assert measured['same'][SWD] < 40  # what two random draws of its patches differ by
+    assert measured['same'][SWD] < 30  # what two random draws of its patches differ by
 
 
 def test_another_set_of_the_same_kind_is_close(measured):
     other = measured['other']
-    assert other[SWD] < 80 and other[COLOUR] < 0.08 and other[FRECHET] < 0.4
+    assert other[SWD] < 80 and other[COLOUR] < 0.06 and other[FRECHET] < 0.4
     assert 0.9 < other[TO_TRAINING_SET] < 1.1
     assert min(other[f'coverage, {points}'] for points in ('16x16 pixels', 'random features')) > 0.9
 
@@ -80,7 +80,7 @@ MOVES = [
     ('blurred', 'power spectrum, slope', -4.5, -3.2),
     ('blurred', 'power spectrum, error in log10', 0.4, 0.9),
     ('blurred', CORRELATION, 0.01, 0.03),
-    ('mirrored', SWD, 0, 45),
+    ('mirrored', SWD, 0, 35),
     ('mirrored', 'mean colour of rows, error in levels', 0, 0),
     ('mirrored', CORRELATION, 0, 1e-6),
     ('upside down', 'mean colour of rows, error in levels', 2, 4),
