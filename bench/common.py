@@ -11,7 +11,8 @@ sys.path.insert(0, str(ROOT))
 
 def argument_parser(description):
     """Return a parser that shows the docstring of a script as it is."""
-    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def command(script, *args):

@@ -269,14 +269,13 @@ def pixel_bits(model, tokens, what):
     return nats.view(tokens.shape[1:]).cpu().numpy() / math.log(2)
 
 
-def paint(model, real, options):
-    """Return samples of a model, as many as there are images in real, (n, H, W).
+def paint(model, real, rows=0, **options):
+    """Return samples of a model, as many as there are images in real, (n, H, W), of which so many rows are kept.
 
-    options are those of GPT.generate, and rows: how many rows of each real image are kept.
+    Options as in GPT.generate.
     """
     n, height, width = real.shape
-    options = dict(options)
-    given = options.pop('rows', 0) * width or int(not model.config.start_embedding)
+    given = rows * width or int(not model.config.start_embedding)
     prompts = real.reshape(n, -1)[:, :given]
     generator = torch.Generator().manual_seed(1)
     pixels = n * (height * width - prompts.shape[1])
@@ -377,7 +376,7 @@ def main():
         for text in args.sampling:
             model_name = path if len({Path(p).stem for p in args.ckpt}) < len(args.ckpt) else Path(path).stem
             name = model_name if text == 'plain' else f'{model_name} {text}' if len(args.ckpt) > 1 else text
-            tokens = paint(model, real, parse_sampling(text))
+            tokens = paint(model, real, **parse_sampling(text))
             on_samples = pixel_bits(model, tokens, 'samples')
             columns[name] = {
                 **compare(tokens, real, points),

@@ -42,7 +42,7 @@ def main():
         run_script('prepare.py', '--source', 'synthetic', '--num_images', 10000, '--seed', 1337, '--out_dir', TRACK)
     name = '_'.join([Path(args.config).stem, *(option.strip('-').replace('/', '') for option in options[1:])])
     scores = []
-    for seed in range(1, args.seeds + 1):
+    for seed in range(1337, 1337 + args.seeds):  # from train.py's own on
         out_dir = ROOT / 'out' / 'record' / args.data.name / name / f'seed{seed}'
         seeded = [*options, f'--seed={seed}']
         iterations = iterations_within(args.seconds, args.data.resolve(), out_dir / 'trial', seeded)
