@@ -56,6 +56,11 @@ def run_script(script, args, output, cwd, env):
     runpy.run_path(script, run_name='__main__')
 
 
+def wait_until(condition):
+    while not condition():
+        time.sleep(0.002)
+
+
 class Script:
     """A script that runs in a process of its own."""
 
@@ -65,10 +70,12 @@ class Script:
         self.process = WARM.Process(target=run_script, args=args)
         self.process.start()
 
+    def is_alive(self):
+        return self.process.is_alive()
+
     def wait_for(self, condition):
-        while not condition():
-            assert self.process.is_alive(), self.end()
-            time.sleep(0.002)
+        wait_until(lambda: condition() or not self.is_alive())
+        assert condition(), self.end()
 
     def send(self, number):
         os.kill(self.process.pid, number)

@@ -9,7 +9,6 @@ import resource
 import signal
 import struct
 import subprocess
-import time
 import zlib
 
 import numpy as np
@@ -18,7 +17,7 @@ from PIL import Image
 
 import extras
 import prepare
-from conftest import ENV, PIPED, call, command
+from conftest import ENV, PIPED, call, command, wait_until
 from helpers import PHOTOS, needs_photos
 
 
@@ -184,9 +183,8 @@ def test_an_interrupted_run_leaves_the_old_data(pictures, tmp_path, how):
     process = subprocess.Popen(command('prepare.py', *args), env=ENV, stderr=subprocess.PIPE, text=True,
                                preexec_fn=heed_ctrl_c)
     scratch = tmp_path / '.partial' / 'rows'
-    while not (scratch.exists() and scratch.stat().st_size):
-        assert process.poll() is None
-        time.sleep(0.02)
+    wait_until(lambda: scratch.exists() and scratch.stat().st_size or process.poll() is not None)
+    assert process.poll() is None
     process.send_signal(how)
     # communicate() also waits for the workers, who hold the same stderr: they must not outlive their parent
     assert 'Traceback' not in process.communicate(timeout=30)[1] and process.returncode != 0

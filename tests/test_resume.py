@@ -15,7 +15,8 @@ import torch
 
 import extras
 import train
-from conftest import ENV, PIPED, RECOMMENDED, ROOT, TINY, WARM, Script, call, call_two_ranks, command, torchrun
+from conftest import (ENV, PIPED, RECOMMENDED, ROOT, TINY, WARM, Script, call, call_two_ranks, command, torchrun,
+                      wait_until)
 from helpers import load, log, run, same
 
 # -----------------------------------------------------------------------------
@@ -38,9 +39,10 @@ def size_of(path):
         return 0
 
 
-def test_resuming_after_kill_9_is_exact(data, tmp_path):
+@pytest.mark.parametrize('model', [[], [*RECOMMENDED, '--average=0.2']], ids=['plain', 'recommended'])
+def test_resuming_after_kill_9_is_exact(data, tmp_path, model):
     # with dropout, so that the random numbers count as well
-    args = [*TINY, *RECOMMENDED, '--average=0.2', f'--data_dir={data}', '--dropout=0.1', '--max_iters=20', '--eval_interval=10']
+    args = [*TINY, *model, f'--data_dir={data}', '--dropout=0.1', '--max_iters=20', '--eval_interval=10']
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
     call('train.py', *args, f'--out_dir={whole}')
     process = Script('train.py', *args, f'--out_dir={killed}')
@@ -65,8 +67,8 @@ def test_kill_9_while_a_checkpoint_is_written_leaves_the_earlier_one(tmp_path):
     for trial in range(3):
         process = WARM.Process(target=save_again_and_again, args=(path, 20_000_000, range(1000)))
         process.start()
-        while not (path.exists() and 0 < size_of(partial()) < 70_000_000):
-            assert process.is_alive()
+        wait_until(lambda: path.exists() and 0 < size_of(partial()) < 70_000_000 or not process.is_alive())
+        assert process.is_alive()
         process.kill()
         process.join()
         assert 0 < size_of(partial()) < 80_000_000  # really in the middle
@@ -247,7 +249,7 @@ def test_a_second_signal_stops_at_once(data, tmp_path):
     time.sleep(0.5)
     process.send(signal.SIGINT)
     time.sleep(0.5)
-    assert process.process.is_alive()  # it finishes its step
+    assert process.is_alive()  # it finishes its step
     process.send(signal.SIGINT)
     printed = process.end(10)
     assert process.code == 130 and printed.endswith('stopped\n') and 'Traceback' not in printed
@@ -259,8 +261,8 @@ def test_two_ranks_stop_together(data, tmp_path, how):
     two_ranks = torchrun(*TINY, f'--data_dir={data}', f'--out_dir={tmp_path}', '--max_iters=100000')
     heed_ctrl_c = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(two_ranks, **PIPED, start_new_session=True, preexec_fn=heed_ctrl_c)
-    while logged_up_to(tmp_path) < 10:
-        assert process.poll() is None, process.stdout.read()
+    wait_until(lambda: logged_up_to(tmp_path) >= 10 or process.poll() is not None)
+    assert process.poll() is None, process.stdout.read()
     process.terminate() if how.startswith('SIGTERM') else os.killpg(process.pid, signal.SIGINT)
     printed = process.communicate(timeout=60)[0]
     assert 'stopped at iteration' in printed and 'torchrun ...' in printed
