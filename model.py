@@ -11,7 +11,7 @@ What lets it see in two dimensions are switches of GPTConfig, all off by default
 comes first, then its loss and Muon. sample.py paints with the same layers, a few pixels at a time.
 
 Shapes: B images, T pixels, P positions (T with the start embedding, else T - 1), C = n_embd, nh = n_head, hs = C / nh,
-V = vocab_size, K = neighbours, D = n_colour or C.
+V = vocab_size, K = neighbours, D = n_colour or C, L = 48 (or 110) levels and differences of levels.
 """
 import math
 from contextlib import nullcontext
@@ -50,6 +50,7 @@ class GPTConfig:
     n_colour: int = 0  # dimension of a colour's embedding, projected to n_embd and back for the head (0: n_embd)
     factorised_colours: bool = False  # a colour's vector is its own plus one for each of its red, green and blue levels
     relative_colours: bool = False  # logits also depend on how much each channel differs from the left and upper pixel
+    relative_chroma: bool = False  # ... and on how much red - green and blue - green do
     attention: str = 'full'  # of the layers, in turn: full, local (its row and the one above) or column: 'local column'
     # if > 0, local attention sees the row above only up to so many columns to the right, and every row begins with the
     # start embedding instead of the last pixel above: then sample.py can paint a diagonal at once. 0: all of the row
@@ -85,6 +86,8 @@ class GPTConfig:
         if self.reach and outside:
             raise ValueError(f'neighbours={self.neighbours}: only the first {outside[0]} lie within '
                              f'reach={self.reach}; raise it or take fewer')
+        if self.relative_chroma and not self.relative_colours:
+            raise ValueError('relative_chroma needs relative_colours=True')
         if (self.factorised_colours or self.relative_colours) and self.vocab_size != LEVELS ** 3:
             raise ValueError(f'vocab_size={self.vocab_size}: factorised and relative colours need {LEVELS ** 3}')
         if self.block_size % self.pad_to:
@@ -233,16 +236,12 @@ class GPT(nn.Module):
         self.transformer.wte.weight = self.lm_head.weight  # tied: a colour has one vector, read and written
         self.transformer['up'] = nn.Linear(D, c.n_embd, bias=False) if c.n_colour else nn.Identity()
         self.down = nn.Linear(c.n_embd, D, bias=False) if c.n_colour else nn.Identity()
-        if c.relative_colours:  # a score for each difference -15 .. 15 of 3 channels to the left and to the upper pixel
-            self.rel_head = nn.Linear(c.n_embd, 2 * 3 * (2 * LEVELS - 1))
-        level = torch.arange(LEVELS)
-        levels = torch.cartesian_prod(level, level, level)  # red, green and blue of each colour, (V, 3)
-        self.register_buffer('one_hot', F.one_hot(levels, LEVELS).flatten(1).float(), persistent=False)  # (V, 48)
-        # [n, 16 * channel + level] = 31 * channel + 15 + level - (that channel's level in neighbour n): which of the 93
-        # scores applies, (V + 1, 48). Outside the image, n = V, all levels of a channel get one, which softmax ignores
-        score_index = F.pad(level - levels[:, :, None] + LEVELS - 1, (0, 0, 0, 0, 0, 1))  # 0 .. 30, (V + 1, 3, 16)
-        score_index = (score_index + torch.arange(3)[:, None] * (2 * LEVELS - 1)).flatten(1)
-        self.register_buffer('score_index', score_index, persistent=False)
+        if c.relative_colours:
+            counts, differences, pairs = colour_components(c.relative_chroma)
+            # the scores of a component with n values are for differences of -(n - 1) .. n - 1, beside two neighbours
+            self.rel_head = nn.Linear(c.n_embd, 2 * sum(2 * n - 1 for n in counts))
+            self.register_buffer('score_index', differences, persistent=False)
+            self.register_buffer('pairs', pairs, persistent=False)
 
         # GPT-2's initialisation: the more layers add to the residual stream, the smaller they start
         for name, p in self.named_parameters():
@@ -267,7 +266,10 @@ class GPT(nn.Module):
     def colours(self):
         """Return the embedding of each colour, which the head uses too, (V, D)."""
         table = self.transformer.wte.weight
-        return table + self.one_hot @ self.transformer.wle.weight if self.config.factorised_colours else table
+        if self.config.factorised_colours:
+            red, green, blue = self.transformer.wle.weight.view(3, LEVELS, -1)
+            table = table + (red[:, None, None] + green[:, None] + blue).flatten(0, 2)
+        return table
 
     def positions(self):
         """Return the embedding of each position, (block_size, C)."""
@@ -283,16 +285,18 @@ class GPT(nn.Module):
         shifted = [canvas[:, 3 + y:3 + y + height, 3 + x:3 + x + width] for y, x in NEIGHBOURS]
         return torch.stack(shifted, dim=-1).flatten(1, 2)
 
-    def relative_scores(self, scores, neighbours):
-        """Scores of rel_head (..., 186) and neighbours (..., 2 or more) -> scores of the 3 * 16 levels, (..., 48)."""
-        index = F.embedding(neighbours[..., :2], self.score_index)  # beside the left and the upper pixel, (..., 2, 48)
-        return scores.view(*scores.shape[:-1], 2, -1).gather(-1, index).sum(-2)
+    def pair_scores(self, scores, neighbours):
+        """Scores of rel_head and neighbours (..., 2 or more) -> scores of pairs of levels as in head_logits, (..., 512).
+
+        A pair's score is the sum over its components and over the left and the upper pixel.
+        """
+        index = F.embedding(neighbours[..., :2], self.score_index)  # (..., 2, L)
+        return F.linear(scores.unflatten(-1, (2, -1)).gather(-1, index).sum(-2), self.pairs)
 
     def features(self, tokens, kv=None):
-        """The first T pixels of images (B, T) -> inputs of the head (B, P, D'), and its weights (V, D').
+        """The first T pixels of images (B, T) -> inputs of head_logits: (B, P, D or D + 512) and (V, D).
 
-        The last P pixels are predicted, each from those before it. D' is D, with relative colours D + 48: the logits
-        are one product in either case. kv as in CausalSelfAttention.
+        The last P pixels are predicted, each from those before it. kv as in CausalSelfAttention.
         """
         c, h, T = self.config, self.transformer, tokens.size(1)
         tokens = F.pad(tokens, (0, -T % c.pad_to))  # with zeros after the real pixels, which do not see them
@@ -315,29 +319,28 @@ class GPT(nn.Module):
         x = h.ln_f(x)
         low = self.down(x)
         if c.relative_colours:
-            low = torch.cat((low, self.relative_scores(self.rel_head(x), neighbours)), dim=-1)
-            colours = torch.cat((colours, self.one_hot), dim=1)
+            low = torch.cat((low, self.pair_scores(self.rel_head(x), neighbours)), dim=-1)
         return low[:, :T - 1 + c.start_embedding], colours
 
     def logits(self, tokens):
         """The first T pixels of images (B, T) -> logits (B, P, V) of the last P, each from earlier pixels only."""
-        x, weight = self.features(tokens)
-        return x @ weight.t()
+        return head_logits(*self.features(tokens))
 
     def forward(self, tokens):
         """The first T pixels of images (B, T) -> mean cross-entropy of the last P in nats."""
         x, weight = self.features(tokens)
         x, targets = x.flatten(0, 1), tokens[:, -x.size(1):].flatten()
         if x.is_cuda:  # has memory to spare, and torch.compile makes one kernel of softmax and gradient
-            return F.cross_entropy(x @ weight.t(), targets)
+            return F.cross_entropy(head_logits(x, weight), targets)
         return HeadLoss.apply(x, weight, targets)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, muon_lr=0.0):
         """Return [AdamW] as in nanoGPT: matrices and embeddings decay, gains and biases do not; fused on CUDA.
 
-        With muon_lr [AdamW, Muon]: the matrices between embeddings and head go to Muon, the rest stays with AdamW.
+        With muon_lr [AdamW, Muon]: the matrices between embeddings and head, and those scores of the head that are
+        relative, go to Muon; the rest stays with AdamW.
         """
-        inner = ('transformer.h.', 'transformer.stem.', 'transformer.up.', 'down.')
+        inner = ('transformer.h.', 'transformer.stem.', 'transformer.up.', 'down.', 'rel_head.')
         matrices = [p for name, p in self.named_parameters() if muon_lr and p.dim() == 2 and name.startswith(inner)]
         rest = [p for p in self.parameters() if all(p is not matrix for matrix in matrices)]
         groups = [{'params': [p for p in rest if p.dim() >= 2], 'weight_decay': weight_decay},
@@ -351,30 +354,82 @@ class GPT(nn.Module):
         return sample.generate(self, tokens, max_new_tokens, **options)
 
 
-class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of x @ weight.T, x (n, C) and weight (V, C), against targets (n,), without (n, V) logits.
+def colour_components(chroma):
+    """Return what relative scores compare: red, green and blue, with chroma also red - green and blue - green.
 
-    Chunks of rows go through the head, the softmax and the gradients of both while they are in the cache of a CPU: as
-    many matrix products as usual, in a fraction of the memory. x and weight need gradients both or not at all.
+    In photographs the channels change together, and their differences hardly.
+
+    Returns
+        counts: how many values each component has, 16 or 31; their sum is L
+        differences: (V + 1, L), row n tells which relative score each value of each component gets beside colour n.
+            Outside the image, n = V, all get the same one, which softmax ignores
+        pairs: (512, L), 1 where a pair of levels has a value of a component. red - green is a matter of pairs of red
+            and green, blue of pairs of green and blue
+    """
+    level = torch.arange(LEVELS)
+    red, green, blue = torch.cartesian_prod(level, level, level).unbind(1)  # of each colour, (V,)
+    red_green, green_blue = [red], [green, blue]
+    if chroma:
+        red_green.append(red - green + LEVELS - 1)
+        green_blue.append(blue - green + LEVELS - 1)
+    values = red_green + green_blue
+    counts = [int(value.max()) + 1 for value in values]
+    differences, first = [], 0
+    for value, count in zip(values, counts):
+        difference = torch.arange(count) - value[:, None] + count - 1  # 0 .. 2 * count - 2, (V, count)
+        differences.append(first + F.pad(difference, (0, 0, 0, 1)))
+        first += 2 * count - 1
+    one_hot = torch.cat([F.one_hot(value) for value in values], dim=1).view(LEVELS, LEVELS, LEVELS, -1).float()
+    of_red_green = torch.arange(sum(counts)) < sum(counts[:len(red_green)])
+    pairs = torch.cat((one_hot[:, :, 0] * of_red_green, one_hot[0] * ~of_red_green)).flatten(0, 1)
+    return counts, torch.cat(differences, dim=1), pairs
+
+
+def head_logits(x, weight):
+    """Inputs of the head (..., D or D + 512) and its weights (V, D) -> logits (..., V), in float32 at least.
+
+    After D inputs for the product come scores of pairs of levels: of red and green, then of green and blue.
+    """
+    D = weight.size(1)
+    logits = x[..., :D] @ weight.t()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return add_pair_scores(logits, x[..., D:]) if x.size(-1) > D else logits
+
+
+def add_pair_scores(logits, pairs):
+    """Add scores of pairs (..., 512) to logits (..., V), in place."""
+    red_green, green_blue = pairs.unflatten(-1, (2, LEVELS, LEVELS)).unbind(-3)
+    logits.unflatten(-1, (LEVELS, LEVELS, LEVELS)).add_(red_green[..., None]).add_(green_blue[..., None, :, :])
+    return logits
+
+
+class HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy of head_logits(x, weight) against targets (n,), without (n, V) logits.
+
+    x is (n, D or D + 512), weight (V, D). Chunks of rows go through the head, the softmax and the gradients of both
+    while they are in the cache of a CPU: as many matrix products as usual, in a fraction of the memory. x and weight
+    need gradients both or not at all.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets):
-        rows = 512
+        rows, D = 128, weight.size(1)
         loss = x.new_zeros((), dtype=torch.float32)
-        dx, dweight = torch.zeros_like(x), torch.zeros_like(weight)
+        dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
         for x_, dx_, targets_ in zip(x.split(rows), dx.split(rows), targets[:, None].split(rows)):
-            logits = (x_ @ weight.t()).to(torch.promote_types(x.dtype, torch.float32))
+            logits = head_logits(x_, weight)
             logits -= logits.amax(-1, keepdim=True)
             loss -= logits.gather(1, targets_).sum()
-            probs = logits.exp_()
+            probs = logits.exp_()  # times total
             total = probs.sum(-1, keepdim=True)
             loss += total.log().sum()
             if ctx.needs_input_grad[0]:
-                probs /= total
-                probs.scatter_add_(1, targets_, -torch.ones_like(total))  # d loss / d logits
-                dx_.copy_(probs @ weight)
-                dweight += probs.t() @ x_
+                probs.scatter_add_(1, targets_, -total)  # d loss / d logits, times total
+                dx_[:, :D] = probs @ weight / total
+                if dx.size(1) > D:
+                    cube = probs.view(-1, LEVELS, LEVELS, LEVELS)
+                    dx_[:, D:] = torch.cat((cube.sum(3), cube.sum(1)), dim=1).flatten(1) / total
+                dweight += probs.t() @ (x_[:, :D] / total)
         ctx.save_for_backward(dx / len(x), dweight / len(x))
         return loss / len(x)
 

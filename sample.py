@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import extras
 from extras import UserError
-from model import LEVELS, NEIGHBOURS
+from model import NEIGHBOURS, add_pair_scores, head_logits
 
 GREY = 0x666  # of pixels that are not painted yet
 
@@ -69,7 +69,7 @@ def plain_loop(model, images, seeds, draw, first):
     """Paint images (B, N) from pixel first on, one pixel after the other. Yields the number of pixels just painted."""
     for i in range(first, images.size(1)):
         x, weight = model.features(images[:, :i + 1])  # the model does not see pixel i itself, which it predicts
-        logits = x[:, -1] @ weight.t()
+        logits = head_logits(x[:, -1], weight)
         noise = gumbel_noise(seeds, torch.tensor([i], device=images.device), logits.size(-1))
         images[:, i] = draw(logits, noise[0])
         yield 1
@@ -242,9 +242,7 @@ class Decoder:
         x = self.ln_f(x)
         logits = self.head(self.down(x))
         if c.relative_colours:
-            red, green, blue = self.model.relative_scores(self.rel_head(x), neighbours).view(-1, 3, LEVELS).unbind(1)
-            green_blue = (green[:, :, None] + blue[:, None]).flatten(1)  # (n * B, 256)
-            logits += (red[:, :, None] + green_blue[:, None]).flatten(1)  # (n * B, 16, 256) -> (n * B, V)
+            add_pair_scores(logits, self.model.pair_scores(self.rel_head(x), neighbours))
         return logits
 
     def cache_places(self, kind, column, row, lane, position):

@@ -55,6 +55,7 @@ class TrainConfig:
     n_colour: int = key(0, 'dimension of the colour embeddings, projected to n_embd and back (0: n_embd)', '0 or more')
     factorised_colours: bool = key(False, "a colour's embedding is its own plus those of its levels of each channel")
     relative_colours: bool = key(False, 'the head also scores how far each channel is from the left and upper pixel')
+    relative_chroma: bool = key(False, '... and how far red - green and blue - green are')
     attention: str = key('full', 'what the layers attend to, in turn: all earlier pixels (full), the same row and the '
                                  "one above (local), the same column (column), as in 'local column'")
     reach: int = key(0, 'columns to the right that local attention sees in the row above (0: all); rows then begin '

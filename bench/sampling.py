@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from common import ROOT, argument_parser, device_name, run_script, table_head, table_row
 import extras
+from model import head_logits
 import sample
 
 COLUMNS = ('batch', 's an image', 'spread', 'pixels/s', 'plain loop, s an image', 'times faster', 'waves', 'us a wave',
@@ -47,7 +48,7 @@ def best_of(times, function, device):
 def one_pixel(model, images):
     """Return the logits of the next pixel from all earlier ones, without a cache."""
     x, weight = model.features(images)
-    return x[:, -1] @ weight.t()
+    return head_logits(x[:, -1], weight)
 
 
 @torch.inference_mode()
