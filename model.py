@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 # cuDNN's attention, PyTorch's first choice on Hopper, gives NaN gradients with some masks (pytorch issue 196678) and
 # plans for half a second at every new shape; the flash and memory-efficient kernels do neither
@@ -92,11 +91,6 @@ class GPTConfig:
             raise ValueError(f'vocab_size={self.vocab_size}: factorised and relative colours need {LEVELS ** 3}')
         if self.block_size % self.pad_to:
             raise ValueError(f'{self.block_size} pixels have to be whole rows of {self.width}')
-
-
-def checkpointed(function, x):
-    """Return function(x), on a CPU with activation checkpointing, to save memory and the time to write and read it."""
-    return checkpoint(function, x, use_reentrant=False) if torch.is_grad_enabled() and not x.is_cuda else function(x)
 
 
 class CausalSelfAttention(nn.Module):
@@ -177,10 +171,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, kv=None):
-        attend = lambda x: self.attn(self.ln_1(x), kv)
-        # full attention takes too long to compute again
-        x = x + (attend(x) if self.attn.kind == 'full' else checkpointed(attend, x))
-        return x + checkpointed(lambda x: self.mlp(self.ln_2(x)), x)
+        x = x + self.attn(self.ln_1(x), kv)
+        return x + self.mlp(self.ln_2(x))
 
 
 class Stem(nn.Module):
@@ -237,10 +229,9 @@ class GPT(nn.Module):
         self.transformer['up'] = nn.Linear(D, c.n_embd, bias=False) if c.n_colour else nn.Identity()
         self.down = nn.Linear(c.n_embd, D, bias=False) if c.n_colour else nn.Identity()
         if c.relative_colours:
-            counts, differences, pairs = colour_components(c.relative_chroma)
-            # the scores of a component with n values are for differences of -(n - 1) .. n - 1, beside two neighbours
-            self.rel_head = nn.Linear(c.n_embd, 2 * sum(2 * n - 1 for n in counts))
-            self.register_buffer('score_index', differences, persistent=False)
+            score_index, pairs, scores = relative_tables(c.relative_chroma)
+            self.rel_head = nn.Linear(c.n_embd, 2 * scores)  # beside the left and beside the upper pixel
+            self.register_buffer('score_index', score_index, persistent=False)
             self.register_buffer('pairs', pairs, persistent=False)
 
         # GPT-2's initialisation: the more layers add to the residual stream, the smaller they start
@@ -286,7 +277,7 @@ class GPT(nn.Module):
         return torch.stack(shifted, dim=-1).flatten(1, 2)
 
     def pair_scores(self, scores, neighbours):
-        """Scores of rel_head and neighbours (..., 2 or more) -> scores of pairs of levels as in head_logits, (..., 512).
+        """Scores of rel_head and neighbours (..., 2 or more) -> scores of pairs of levels, (..., 512).
 
         A pair's score is the sum over its components and over the left and the upper pixel.
         """
@@ -354,35 +345,37 @@ class GPT(nn.Module):
         return sample.generate(self, tokens, max_new_tokens, **options)
 
 
-def colour_components(chroma):
-    """Return what relative scores compare: red, green and blue, with chroma also red - green and blue - green.
+def colour_values():
+    """Return red, green, blue, red - green and blue - green of each colour, (V, 5).
 
-    In photographs the channels change together, and their differences hardly.
-
-    Returns
-        counts: how many values each component has, 16 or 31; their sum is L
-        differences: (V + 1, L), row n tells which relative score each value of each component gets beside colour n.
-            Outside the image, n = V, all get the same one, which softmax ignores
-        pairs: (512, L), 1 where a pair of levels has a value of a component. red - green is a matter of pairs of red
-            and green, blue of pairs of green and blue
+    The last two are chroma: in photographs the channels change together, and their differences hardly.
     """
     level = torch.arange(LEVELS)
-    red, green, blue = torch.cartesian_prod(level, level, level).unbind(1)  # of each colour, (V,)
-    red_green, green_blue = [red], [green, blue]
-    if chroma:
-        red_green.append(red - green + LEVELS - 1)
-        green_blue.append(blue - green + LEVELS - 1)
-    values = red_green + green_blue
-    counts = [int(value.max()) + 1 for value in values]
-    differences, first = [], 0
-    for value, count in zip(values, counts):
-        difference = torch.arange(count) - value[:, None] + count - 1  # 0 .. 2 * count - 2, (V, count)
-        differences.append(first + F.pad(difference, (0, 0, 0, 1)))
-        first += 2 * count - 1
-    one_hot = torch.cat([F.one_hot(value) for value in values], dim=1).view(LEVELS, LEVELS, LEVELS, -1).float()
-    of_red_green = torch.arange(sum(counts)) < sum(counts[:len(red_green)])
-    pairs = torch.cat((one_hot[:, :, 0] * of_red_green, one_hot[0] * ~of_red_green)).flatten(0, 1)
-    return counts, torch.cat(differences, dim=1), pairs
+    red, green, blue = torch.cartesian_prod(level, level, level).unbind(1)
+    return torch.stack((red, green, blue, red - green, blue - green), dim=1)
+
+
+def relative_tables(chroma):
+    """Return what turns relative scores into scores of pairs of levels: two tables, and how many scores there are.
+
+    A value of a colour (red, ...) that is one of n has 2 n - 1 scores, for its differences from that of a neighbour:
+    93 scores in all, with chroma 215. L = 48 or 110 counts the n.
+        score_index (V + 1, L): row t tells which score each of the n gets beside colour t. Outside the image, t = V,
+            all n get the same one, which softmax ignores
+        pairs (512, L): 1 where a pair of red and green, or of green and blue, has that value. Red and red - green are
+            a matter of the former, the others of the latter
+    """
+    values = colour_values()[:, :5 if chroma else 3]
+    score_index, pairs, scores = [], [], 0
+    for i, value in enumerate((values - values.amin(0)).unbind(1)):
+        n = int(value.max()) + 1
+        difference = torch.arange(n) - value[:, None]  # (V, n)
+        score_index.append(scores + F.pad(difference + n - 1, (0, 0, 0, 1)))
+        scores += 2 * n - 1
+        one_hot = F.one_hot(value).view(LEVELS, LEVELS, LEVELS, n).float()
+        red_green, green_blue = one_hot[:, :, 0], one_hot[0]
+        pairs.append(torch.stack((red_green, 0 * red_green) if i in (0, 3) else (0 * green_blue, green_blue)))
+    return torch.cat(score_index, dim=1), torch.cat(pairs, dim=-1).flatten(0, 2), scores
 
 
 def head_logits(x, weight):
@@ -399,7 +392,7 @@ def head_logits(x, weight):
 def add_pair_scores(logits, pairs):
     """Add scores of pairs (..., 512) to logits (..., V), in place."""
     red_green, green_blue = pairs.unflatten(-1, (2, LEVELS, LEVELS)).unbind(-3)
-    logits.unflatten(-1, (LEVELS, LEVELS, LEVELS)).add_(red_green[..., None]).add_(green_blue[..., None, :, :])
+    logits += (red_green[..., None] + green_blue[..., None, :, :]).flatten(-3)
     return logits
 
 
@@ -459,27 +452,27 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(momenta, gradients, 1 - group['momentum'])
             updates = torch._foreach_lerp(gradients, momenta, group['momentum'])  # Nesterov's
             torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
-            # matrices of equal height, after transposing tall ones, are stacked, and padded with zeros, which change
-            # nothing: launching a product on a GPU takes longer than the product
+            # matrices of one height, after transposing tall ones, together: fewer kernels to launch on a GPU
             together = {}
             for p, update in zip(params, updates):
                 together.setdefault(min(p.shape), []).append((p, update if p.size(0) <= p.size(1) else update.t()))
             for pairs in together.values():
-                widest = max(update.size(1) for _, update in pairs)
-                padded = [F.pad(update, (0, widest - update.size(1))) for _, update in pairs]
-                for (p, update), o in zip(pairs, orthogonalise(torch.stack(padded))):
-                    o = o[:, :update.size(1)]
+                for (p, _), o in zip(pairs, orthogonalise([update for _, update in pairs])):
                     rate = group['lr'] * max(1, p.size(0) / p.size(1)) ** 0.5
                     p.add_(o if p.size(0) <= p.size(1) else o.t(), alpha=-rate)
 
 
-def orthogonalise(x):
-    """Return, for matrices (..., n, m), n <= m, nearly the nearest orthogonal ones: singular values of 0.7 to 1.2.
+def orthogonalise(matrices):
+    """Return, for matrices (n, m) of one n <= m, nearly the nearest orthogonal ones: singular values of 0.7 to 1.2.
 
-    By a quintic Newton-Schulz iteration.
+    By five steps x <- p(x x^T) x of Newton and Schulz, p quadratic. They need x x^T alone, (n, n) however wide x is,
+    and add up to one factor.
     """
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    square = torch.stack([x @ x.t() for x in matrices])
+    norm = square.diagonal(dim1=1, dim2=2).sum(-1)[:, None, None].sqrt() + 1e-7  # of x
+    square, factor = square / norm ** 2, torch.eye(square.size(-1), device=square.device) / norm
     for _ in range(5):
-        square = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return x
+        p = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        p.diagonal(dim1=1, dim2=2).add_(3.4445)
+        factor, square = p @ factor, p @ square @ p
+    return [f @ x for f, x in zip(factor, matrices)]

@@ -5,12 +5,12 @@
     python bench/training.py --batch 32 --profile    # on a GPU: where the time of a step goes
     python bench/training.py --config config/landscape_gpu.py --batch 32 --compile yes
 
-nanoGPT's model is model.py with every switch off, the usual loss with all logits in memory, no recomputation, and
-AdamW. The switches and the optimizers of the recommended model are those of config/landscape.py, or of --config. Both
-make steps on random pixels, in turn, and the median counts; the peak is the memory of a process that has made a few
-steps of one model (on a GPU, the GPU's). The model FLOPs are those of all matrix products of a step, forward and
-backward, as torch counts them (attention without the mask); utilisation is their share of the 989 TFLOP/s that an
-H100 or H200 reaches in bfloat16 at most. Leave the machine idle.
+nanoGPT's model is model.py with every switch off, the usual loss with all logits in memory, and AdamW. The switches
+and the optimizers of the recommended model are those of config/landscape.py, or of --config. Both make steps on random
+pixels, in turn, and the median counts; the peak is the memory of a process that has made a few steps of one model (on
+a GPU, the GPU's). The model FLOPs are those of all matrix products of a step, forward and backward, as torch counts
+them (attention without the mask); utilisation is their share of the 989 TFLOP/s that an H100 or H200 reaches in
+bfloat16 at most. Leave the machine idle.
 """
 import argparse
 import contextlib
@@ -26,12 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import ROOT, argument_parser, command, device_name, table_head, table_row
 import extras
-import model as model_module
 from model import GPT, GPTConfig
 from train import TrainConfig
 
-# what becomes of activations: they are kept, as in nanoGPT, or computed again in the backward pass
-KEEP, RECOMPUTE = (lambda function, x: function(x)), model_module.checkpointed
 NAMES = 'nanoGPT', 'recommended'
 PEAK_FLOPS = {'NVIDIA H100': 989e12, 'NVIDIA H200': 989e12}  # bfloat16, dense, by the datasheet
 COLUMNS = ('model', 'parameters', 'batch', 'compiled', 'ms a step', 'ms an image', 'images/s', 'tokens/s', 'peak MB',
@@ -54,14 +51,12 @@ def stepper(which, recommended, batch, dtype, device, compiled):
 
     loss_of = model if which == 'recommended' else nanogpts_loss
     with FlopCounterMode(display=False) as counter:
-        model_module.checkpointed = KEEP
         loss_of(torch.randint(4096, (1, 4096), device=device)).backward()
         model.zero_grad()
     if compiled:
         loss_of = torch.compile(loss_of, dynamic=False)
 
     def step():
-        model_module.checkpointed = RECOMPUTE if which == 'recommended' else KEEP
         tokens = torch.randint(4096, (batch, 4096), device=device)
         with autocast:
             loss = loss_of(tokens)

@@ -80,8 +80,8 @@ def test_a_single_batch_can_be_learnt_by_heart(kind):
 
 
 def test_muon_makes_orthogonal_what_adamw_leaves_to_it():
-    for shape in ((96, 32), (32, 128)):
-        singular = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
+    for matrix in orthogonalise([torch.randn(32, 96), torch.randn(32, 128), torch.randn(32, 40) * 1e-6]):
+        singular = torch.linalg.svdvals(matrix)
         assert singular.min() > 0.6 and singular.max() < 1.3
     model, tokens = small('local column').train(), images(2)
     optimizers = model.configure_optimizers(0.0, 6e-3, (0.9, 0.95), muon_lr=0.04)
@@ -105,6 +105,34 @@ def test_what_is_predicted_and_that_the_loss_is_its_mean(kind):
     assert logits.shape == (3, predicted, 4096)
     by_hand = -logits.log_softmax(-1).gather(-1, tokens[:, -predicted:, None]).mean()
     assert torch.allclose(loss, by_hand, atol=1e-5)
+
+
+@pytest.mark.parametrize('chroma', [False, True])
+def test_relative_scores_are_those_of_differences_to_the_left_and_the_upper_pixel(chroma):
+    model, tokens = small('relative', relative_chroma=chroma, std=0.2), images(1)
+    scores = []
+    model.rel_head.register_forward_hook(lambda module, args, output: scores.append(output[0]))
+    with torch.no_grad():
+        logits = model.logits(tokens)[0]
+        model.rel_head.weight.zero_(), model.rel_head.bias.zero_()
+        logits -= model.logits(tokens)[0]
+
+    def components(token):
+        red, green, blue = token // 256, token // 16 % 16, token % 16
+        return (red, green, blue, red - green, blue - green) if chroma else (red, green, blue)
+
+    limits = (15, 15, 15, 30, 30) if chroma else (15, 15, 15)  # of the differences
+    for pixel in (SIDE + 1, 5 * SIDE + 7):
+        beside_left, beside_upper = scores[0][pixel].view(2, -1).tolist()
+        for colour in (0, 0x123, 0xFA0, 0xFFF):
+            expected = 0
+            for beside, neighbour in ((beside_left, tokens[0, pixel - 1]), (beside_upper, tokens[0, pixel - SIDE])):
+                first = 0
+                for limit, mine, other in zip(limits, components(colour), components(int(neighbour))):
+                    expected += beside[first + limit + mine - other]
+                    first += 2 * limit + 1
+                assert first == len(beside)
+            assert math.isclose(logits[pixel, colour], expected, abs_tol=1e-4)
 
 
 @kinds
@@ -145,7 +173,7 @@ def test_with_reach_a_pixel_sees_the_cone_above_it_and_nothing_else(reach, neigh
 
 @kinds
 def test_the_chunked_loss_has_the_gradients_of_the_usual_one(kind):
-    model, tokens = small(kind, std=0.2), images(4)  # 576 rows: a chunk and a part of one
+    model, tokens = small(kind, std=0.2), images(4)  # 576 rows: chunks and a part of one
     logits, gradients = model.logits(tokens), []
     usual = F.cross_entropy(logits.flatten(0, 1), tokens[:, -logits.size(1):].flatten())
     for loss in (model(tokens), usual):
