@@ -438,9 +438,10 @@ def pick_dtype(name, device):
     if name == 'auto':
         if cuda:  # is_bf16_supported() also says yes to cards that only emulate it: ask for Ampere or later
             name = 'bfloat16' if torch.cuda.get_device_capability(device) >= (8, 0) else 'float16'
-        else:  # a CPU without matrix units (AMX) is ten times slower in bfloat16
-            amx = device == 'cpu' and getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)()
-            name = 'bfloat16' if amx else 'float32'
+        else:  # a CPU without instructions for bfloat16 is ten times slower in it
+            known = any(getattr(torch.cpu, f'_is_{feature}_supported', lambda: False)()
+                        for feature in ('amx_tile', 'avx512_bf16'))
+            name = 'bfloat16' if device == 'cpu' and known else 'float32'
     if name not in ('float32', 'bfloat16', 'float16'):
         raise UserError(f'--dtype={name}: choose auto, float32, bfloat16 or float16')
     if (name == 'float16' and not cuda) or (name == 'bfloat16' and device.startswith('mps')):

@@ -88,8 +88,8 @@ class TrainConfig:
     # the machine
     seed: int = key(1337, 'decides initial weights, order of the images, noise of the samples', 'from 0 to 2 ** 63 - 1')
     device: str = key('auto', "'auto', 'cuda', 'cuda:1', 'mps' or 'cpu'")
-    dtype: str = key('auto', "'float32', 'bfloat16', 'float16', or 'auto': bfloat16 where a GPU, or a CPU with AMX, "
-                             'has it; else float16 with a loss scaler on CUDA; else float32')
+    dtype: str = key('auto', "'float32', 'bfloat16', 'float16', or 'auto': bfloat16 where a GPU, or a CPU with AMX "
+                             'or AVX512-BF16, has it; else float16 with a loss scaler on CUDA; else float32')
     compile: bool | str = key('auto', "torch.compile: True, False, or 'auto' (on CUDA)")
 
 # -----------------------------------------------------------------------------
