@@ -46,6 +46,7 @@ class GPTConfig:
     width: int = 64  # pixels of a row
     row_column_positions: bool = False  # an embedding of the row plus one of the column, not one of each position
     neighbours: int = 0  # how many known pixels around the predicted one go through a small MLP into the first block
+    relative_neighbours: bool = False  # the MLP also reads by how much those of them that touch differ, as numbers
     n_colour: int = 0  # dimension of a colour's embedding, projected to n_embd and back for the head (0: n_embd)
     factorised_colours: bool = False  # a colour's vector is its own plus one for each of its red, green and blue levels
     relative_colours: bool = False  # logits also depend on how much each channel differs from the left and upper pixel
@@ -85,9 +86,12 @@ class GPTConfig:
         if self.reach and outside:
             raise ValueError(f'neighbours={self.neighbours}: only the first {outside[0]} lie within '
                              f'reach={self.reach}; raise it or take fewer')
+        if self.relative_neighbours and self.neighbours < 3:
+            raise ValueError(f'relative_neighbours needs at least 3 neighbours, here are {self.neighbours}')
         if self.relative_chroma and not self.relative_colours:
             raise ValueError('relative_chroma needs relative_colours=True')
-        if (self.factorised_colours or self.relative_colours) and self.vocab_size != LEVELS ** 3:
+        relative = self.relative_neighbours or self.relative_colours
+        if (self.factorised_colours or relative) and self.vocab_size != LEVELS ** 3:
             raise ValueError(f'vocab_size={self.vocab_size}: factorised and relative colours need {LEVELS ** 3}')
         if self.block_size % self.pad_to:
             raise ValueError(f'{self.block_size} pixels have to be whole rows of {self.width}')
@@ -182,6 +186,25 @@ class Stem(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.neighbours * (config.n_colour or config.n_embd), 2 * config.n_embd)
         self.c_proj = nn.Linear(2 * config.n_embd, config.n_embd, bias=False)
+        self.relative = config.relative_neighbours
+        if self.relative:
+            at = torch.tensor(NEIGHBOURS[:config.neighbours])
+            touch = (at[:, None] - at).abs().sum(-1).triu() == 1
+            self.register_buffer('touching', touch.nonzero().t().contiguous(), persistent=False)  # (2, pairs)
+            values = F.pad(colour_values(), (0, 0, 0, 1), value=99)  # (V + 1, 5)
+            self.register_buffer('values', values, persistent=False)
+            # a difference d as five numbers, in row 31 + d: itself, its size, on two curved scales, and whether it is 0
+            d = torch.arange(-31.0, 32)[:, None]
+            numbers = torch.cat((d / 4, d.abs() / 4, (d / 1.5).tanh(), (d / 5).tanh(), (d == 0).float()), dim=1)
+            numbers[[0, -1]] = 0  # beside a pixel outside the image
+            self.register_buffer('numbers', numbers, persistent=False)
+            self.c_diff = nn.Linear(int(touch.sum()) * 5 * 5, 2 * config.n_embd, bias=False)
+
+    def differences(self, neighbours):
+        """Tokens of the neighbours (..., K) -> how far apart those are that touch, (..., pairs * 5 * 5)."""
+        first, second = (F.embedding(neighbours.index_select(-1, i), self.values) for i in self.touching)
+        difference = (first - second).clamp(-31, 31)  # (..., pairs, 5)
+        return F.embedding(difference + 31, self.numbers).flatten(-3)
 
     def table(self, colours):
         """Return c_fc's product for colours (V + 1, D) as each neighbour, ((V + 1) * K, 2C): row colour * K + k."""
@@ -198,6 +221,8 @@ class Stem(nn.Module):
             h = h.to(colours.dtype).view(B, P, -1) + self.c_fc.bias
         else:
             h = self.c_fc(F.embedding(neighbours, colours).flatten(2))
+        if self.relative:
+            h = h + self.c_diff(self.differences(neighbours))
         return self.c_proj(F.gelu(h))
 
 

@@ -164,6 +164,8 @@ class Decoder:
             self.stem = h.stem.table(F.pad(colours, (0, 0, 0, 1)))  # ((V + 1) * K, 2C)
             self.stem[::c.neighbours] += h.stem.c_fc.bias  # added once for each pixel, with its first neighbour
             self.stem_proj = linear(h.stem.c_proj)
+        if c.relative_neighbours:
+            self.stem_diff = linear(h.stem.c_diff)
         if c.relative_colours:
             self.rel_head = linear(model.rel_head)
 
@@ -233,7 +235,10 @@ class Decoder:
             neighbours = self.canvas[self.neighbours[pixels]].transpose(1, 2).reshape(n * B, -1)  # (n * B, K)
         if c.neighbours:
             rows = neighbours[:, :c.neighbours] * c.neighbours + torch.arange(c.neighbours, device=x.device)
-            x = x + self.stem_proj(F.gelu(torch.embedding(self.stem, rows).sum(1)))
+            hidden = torch.embedding(self.stem, rows).sum(1)
+            if c.relative_neighbours:
+                hidden += self.stem_diff(self.model.transformer.stem.differences(neighbours[:, :c.neighbours]))
+            x = x + self.stem_proj(F.gelu(hidden))
         places = {kind: self.cache_places(kind, column, row, lane, position) for kind in set(c.attention.split())}
         for (kind, ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), cache in zip(self.layers, self.cache):
             qkv = c_attn(ln_1(x)).view(n, B, 3, c.n_head, -1).transpose(1, 2).flatten(2, 3)  # (n, 3, B * nh, hs)

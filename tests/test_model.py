@@ -28,7 +28,8 @@ KINDS = {
     'reach': {**TWO_DIMENSIONAL, 'attention': 'local column', 'alibi': True, 'reach': 2},
     'small colours': {**TWO_DIMENSIONAL, 'attention': 'local column', 'reach': 3, 'n_colour': 8},
     'relative': dict(relative_colours=True),
-    'chroma': {**TWO_DIMENSIONAL, 'attention': 'local column', 'reach': 3, 'n_colour': 8, 'relative_chroma': True},
+    'chroma': {**TWO_DIMENSIONAL, 'attention': 'local column', 'reach': 3, 'n_colour': 8, 'relative_chroma': True,
+               'relative_neighbours': True},
     'biased': dict(bias=True, attention='column', factorised_colours=True),
 }
 kinds = pytest.mark.parametrize('kind', KINDS)
@@ -520,6 +521,7 @@ def test_part_of_an_image_and_what_does_not_fit():
         (dict(neighbours=25), 'from 0 to 24'),
         (dict(neighbours=3, start_embedding=False), 'need start_embedding'),
         (dict(relative_chroma=True), 'needs relative_colours'),
+        (dict(relative_neighbours=True, neighbours=2), 'needs at least 3 neighbours'),
         (dict(attention='local', reach=-1), 'give 0, or how many'),
         (dict(attention='local full', reach=2), 'full attention sees everything'),
         (dict(attention='local', neighbours=12, reach=1), 'only the first 7 lie within reach=1'),
