@@ -13,9 +13,9 @@ BIN = $(VENV)/bin
 .PHONY: demo test clean
 
 demo: $(VENV)/installed
-	$(BIN)/python prepare.py --source synthetic --size 24 --num_images 6000 --out_dir data/demo
+	$(BIN)/python prepare.py --source synthetic --size 24 --num_images 4000 --out_dir data/demo
 	$(BIN)/python train.py config/demo.py --overwrite=True
-	$(BIN)/python sample.py --ckpt out/demo/ckpt1200.pt --top_p 0.97 --scale 4 --out out/demo/landscapes.png
+	$(BIN)/python sample.py --ckpt out/demo/ckpt1000.pt --top_p 0.97 --scale 4 --out out/demo/landscapes.png
 	@echo 'Look at out/demo/landscapes.png, and at data/demo/preview.png, which it has learnt from.'
 
 test: $(VENV)/installed

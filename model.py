@@ -86,8 +86,9 @@ class GPTConfig:
         if self.reach and outside:
             raise ValueError(f'neighbours={self.neighbours}: only the first {outside[0]} lie within '
                              f'reach={self.reach}; raise it or take fewer')
-        if self.relative_neighbours and self.neighbours < 3:
-            raise ValueError(f'relative_neighbours needs at least 3 neighbours, here are {self.neighbours}')
+        if self.relative_neighbours and 0 < self.neighbours < 3:
+            raise ValueError(f'neighbours={self.neighbours}: relative_neighbours compares those that touch, '
+                             'give 3 or more')
         if self.relative_chroma and not self.relative_colours:
             raise ValueError('relative_chroma needs relative_colours=True')
         relative = self.relative_neighbours or self.relative_colours

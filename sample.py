@@ -164,8 +164,8 @@ class Decoder:
             self.stem = h.stem.table(F.pad(colours, (0, 0, 0, 1)))  # ((V + 1) * K, 2C)
             self.stem[::c.neighbours] += h.stem.c_fc.bias  # added once for each pixel, with its first neighbour
             self.stem_proj = linear(h.stem.c_proj)
-        if c.relative_neighbours:
-            self.stem_diff = linear(h.stem.c_diff)
+            if c.relative_neighbours:
+                self.stem_diff = linear(h.stem.c_diff)
         if c.relative_colours:
             self.rel_head = linear(model.rel_head)
 

@@ -521,7 +521,7 @@ def test_part_of_an_image_and_what_does_not_fit():
         (dict(neighbours=25), 'from 0 to 24'),
         (dict(neighbours=3, start_embedding=False), 'need start_embedding'),
         (dict(relative_chroma=True), 'needs relative_colours'),
-        (dict(relative_neighbours=True, neighbours=2), 'needs at least 3 neighbours'),
+        (dict(relative_neighbours=True, neighbours=2), 'give 3 or more'),
         (dict(attention='local', reach=-1), 'give 0, or how many'),
         (dict(attention='local full', reach=2), 'full attention sees everything'),
         (dict(attention='local', neighbours=12, reach=1), 'only the first 7 lie within reach=1'),
