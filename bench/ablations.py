@@ -1,7 +1,7 @@
 """Measure what each ingredient is worth: added to the plain model, and removed from the recommended one.
 
     python prepare.py --source PHOTOS --size 32 --out_dir data/photos32
-    python bench/ablations.py --data_dir data/photos32      # 15 models, two seeds: two hours on two slow cores
+    python bench/ablations.py --data_dir data/photos32      # 19 models, two seeds: two hours on two slow cores
 
 Every model sees the same images in the same order, two at a time, with the schedule and the learning rates of
 config/landscape.py, without reach; the score is bits per pixel on all validation images. --adamw_lr is the learning
@@ -16,8 +16,11 @@ from common import ROOT, argument_parser, read_log, run_script, table_head, tabl
 INGREDIENTS = {
     'row + column positions': ('--row_column_positions=True', '--row_column_positions=False'),
     '12 neighbours': ('--neighbours=12', '--neighbours=0'),
+    'relative neighbours': ('--relative_neighbours=True', '--relative_neighbours=False'),
     'factorised colours': ('--factorised_colours=True', '--factorised_colours=False'),
+    'small colours': ('--n_colour=32', '--n_colour=0'),
     'relative colours': ('--relative_colours=True', '--relative_colours=False'),
+    'relative chroma': ('--relative_chroma=True', '--relative_chroma=False'),
     'local and column attention': ('--attention=local column', '--attention=full'),
     'ALiBi': ('--alibi=True', '--alibi=False'),
     'Muon': ('--muon_lr=0.02', '--muon_lr=0'),
@@ -27,13 +30,17 @@ INGREDIENTS = {
 def models(adamw_lr):
     """Return {name of a model: its options}."""
     def options(ingredients):
+        for needed, name in (('relative colours', 'relative chroma'), ('12 neighbours', 'relative neighbours')):
+            if needed not in ingredients:
+                ingredients = ingredients - {name}
         chosen = [on if name in ingredients else off for name, (on, off) in INGREDIENTS.items()]
         return chosen if 'Muon' in ingredients else [*chosen, f'--learning_rate={adamw_lr}']
 
     everything = set(INGREDIENTS)
     return {
         'plain (nanoGPT)': options(set()),
-        **{f'plain + {name}': options({name}) for name in INGREDIENTS if name != 'ALiBi'},
+        **{f'plain + {name}': options({name}) for name in INGREDIENTS
+           if name not in ('ALiBi', 'relative chroma', 'relative neighbours')},
         'recommended': options(everything),
         **{f'recommended - {name}': options(everything - {name}) for name in INGREDIENTS},
     }
