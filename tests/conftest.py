@@ -30,7 +30,8 @@ os.environ['PYTHONPATH'] = os.pathsep.join([str(ROOT), str(ROOT / 'tests')])  # 
 TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--learning_rate=3e-3', '--warmup_iters=5', '--batch_size=8',
         '--log_interval=5', '--num_samples=2', '--device=cpu', '--dtype=float32']
 # what the recommended config switches on
-RECOMMENDED = ['--row_column_positions=True', '--neighbours=12', '--factorised_colours=True', '--relative_colours=True',
+RECOMMENDED = ['--row_column_positions=True', '--neighbours=12', '--relative_neighbours=True', '--n_colour=16',
+               '--factorised_colours=True', '--relative_colours=True', '--relative_chroma=True',
                '--attention=local column', '--alibi=True', '--muon_lr=0.02']
 
 
