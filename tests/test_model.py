@@ -136,6 +136,23 @@ def test_relative_scores_are_those_of_differences_to_the_left_and_the_upper_pixe
             assert math.isclose(logits[pixel, colour], expected, abs_tol=1e-4)
 
 
+def test_neighbours_that_touch_are_compared_as_numbers():
+    stem = small(**TWO_DIMENSIONAL, relative_neighbours=True).transformer.stem
+    tokens = torch.full((12,), 0x333)
+    tokens[:3] = torch.tensor([0x345, 0x333, 4096])  # left, upper, and an upper left outside the image
+    pairs = [(NEIGHBOURS[i], NEIGHBOURS[j]) for i, j in stem.touching.t().tolist()]
+    assert len(set(pairs)) == 16 and all(abs(a[0] - b[0]) + abs(a[1] - b[1]) == 1 for a, b in pairs)
+    numbers = dict(zip(pairs, stem.differences(tokens).view(16, 5, 5)))
+
+    def by_hand(*differences):
+        return torch.tensor([[d / 4, abs(d) / 4, math.tanh(d / 1.5), math.tanh(d / 5), d == 0] for d in differences])
+
+    # red, green, blue, red - green and blue - green of the left pixel and of the one left of it
+    assert torch.allclose(numbers[(0, -1), (0, -2)], by_hand(0, 1, 2, -1, 1))
+    assert torch.equal(numbers[(-1, 0), (-1, 1)], by_hand(0, 0, 0, 0, 0))
+    assert all((numbers[pair] == 0).all() for pair in pairs if (-1, -1) in pair)
+
+
 @kinds
 def test_no_pixel_sees_itself_or_the_future(kind):
     model, tokens = small(kind, std=0.2), images(1)
