@@ -1,7 +1,7 @@
 """Measure what each ingredient is worth: added to the plain model, and removed from the recommended one.
 
     python prepare.py --source PHOTOS --size 32 --out_dir data/photos32
-    python bench/ablations.py --data_dir data/photos32      # 19 models, two seeds: two hours on two slow cores
+    python bench/ablations.py --data_dir data/photos32      # 19 models, two seeds
 
 Every model sees the same images in the same order, two at a time, with the schedule and the learning rates of
 config/landscape.py, without reach; the score is bits per pixel on all validation images. --adamw_lr is the learning

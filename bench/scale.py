@@ -1,22 +1,21 @@
 """Train and sample at three sizes: what does a pixel cost, in pictures of 32x32, 64x64 and 128x128?
 
-    python bench/scale.py                                  # an hour on two cores; table, and out/scale/scale.png
-    python bench/scale.py --sizes 32 64 --models recommended
+    python bench/scale.py                                  # a table, and out/scale/scale.png
+    python bench/scale.py --models recommended             # eight minutes on two cores
 
 Both models learn from two million pixels of synthetic landscapes, 16,384 an iteration at any size, with the settings
 of config/landscape.py, and nanoGPT's model with the best ones known for small batches. The time is that of training,
-validation not counted, the memory that of the whole process of train.py. One picture is painted, after one to warm up,
-by sample.py's sampler with its cache, for nanoGPT's model too. Leave the machine idle.
+validation not counted, the memory that of the whole process of train.py. One picture is painted by sample.py's sampler
+with its cache, for nanoGPT's model too. Leave the machine idle.
 """
 import os
 import subprocess
-import time
 
 import torch
 
 from common import ROOT, argument_parser, command, device_name, read_log, run_script, table_head, table_row
 import extras
-import sample  # noqa: F401, which GPT.generate imports: not to be timed
+from sampling import sampling_seconds
 
 PIXELS_AN_ITERATION, ITERATIONS = 2 ** 14, 128
 VALIDATION = 4  # as many training images for each validation image
@@ -37,16 +36,6 @@ def train(options, data, out_dir, size):
         raise extras.UserError(f'training stopped: python train.py {" ".join([*options, *fixed])}')
     last = [row for row in read_log(out_dir) if row['val_loss']][-1]
     return float(last['bits_per_pixel']), float(last['seconds']) / int(last['images']), usage.ru_maxrss * 1024 / 1e6
-
-
-def sampling_seconds(ckpt):
-    """Return the seconds that a picture takes."""
-    model = extras.build_model(extras.load_checkpoint(ckpt), ckpt, 'cpu')
-    prompt = torch.zeros(1, 0, dtype=torch.long)
-    model.generate(prompt, 100)
-    began = time.perf_counter()
-    model.generate(prompt, generator=torch.Generator().manual_seed(1))
-    return time.perf_counter() - began
 
 
 def plot(results, path):
@@ -89,7 +78,10 @@ def main():
     print(f'{device_name("cpu")}, torch {torch.__version__}\n\n{table_head(*COLUMNS)}')
     results = {}
     for (name, size), (out_dir, bits, training, peak) in trained.items():
-        sampling = sampling_seconds(str(out_dir / f'ckpt{ITERATIONS}.pt'))
+        path = str(out_dir / f'ckpt{ITERATIONS}.pt')
+        model = extras.build_model(extras.load_checkpoint(path), path, 'cpu')
+        model.generate(torch.zeros(1, 0, dtype=torch.long), 100)  # warm-up of the libraries
+        sampling = sampling_seconds(model, 1, 'cpu', seed=1)
         results[name, size] = training, sampling
         print(table_row(name, size, f'{bits:.3f}', f'{training:.3g}', f'{training / size ** 2 * 1e6:.1f}',
                         f'{peak:,.0f}', f'{sampling:.3g}', f'{sampling / size ** 2 * 1e6:.1f}'), flush=True)
