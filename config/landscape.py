@@ -1,5 +1,5 @@
 # The recommended recipe: the same transformer, which now sees in two dimensions; 48,000 images in 6,000 steps. It takes
-# three to four hours on two CPU cores; --batch_size=2 a quarter, for 12,000 images.
+# three to five hours on two CPU cores; --batch_size=2 a quarter, for 12,000 images.
 data_dir = 'data/landscape'  # python prepare.py
 
 n_layer = 4
