@@ -449,8 +449,9 @@ def main(argv=None):
     parser.add_argument('--first_pixel', help="three hex digits (FEC), a web colour ('#f0e0c0'), or sample: "
                                               'drawn by the model (the default if it can)')
     parser.add_argument('--num_samples', type=int, default=16, help='how many pictures (16)')
-    parser.add_argument('--temperature', type=float, default=1.0,
-                        help='below 1: calmer, above: wilder, 0: always the likeliest colour (1.0)')
+    parser.add_argument('--temperature', type=float,
+                        help='lower: calmer, higher: wilder, 0: always the likeliest colour (what the config of its '
+                             'training says, or 1.0)')
     parser.add_argument('--top_k', type=int, help='draw from the k likeliest colours only')
     parser.add_argument('--top_p', type=float,
                         help='draw from the likeliest colours that together have this probability')
@@ -464,7 +465,7 @@ def main(argv=None):
     parser.add_argument('--device', default='auto', help='auto, cuda, cuda:1, mps or cpu (auto)')
     args = parser.parse_args(argv)
     extras.check_values(
-        args, num_samples=('1 or more', args.num_samples > 0), temperature=('0 or more', args.temperature >= 0),
+        args, num_samples=('1 or more', args.num_samples > 0), temperature=('0 or more', (args.temperature or 0) >= 0),
         top_k=('1 or more', args.top_k is None or args.top_k > 0),
         top_p=('more than 0, up to 1', args.top_p is None or 0 < args.top_p <= 1),
         scale=('from 1 to 64', 1 <= args.scale <= 64), seed=('from 0 to 2 ** 63 - 1', 0 <= args.seed < 2 ** 63))
@@ -481,6 +482,8 @@ def main(argv=None):
     device = extras.pick_device(args.device)
     checkpoint = extras.load_checkpoint(args.ckpt, device)
     model = extras.build_model(checkpoint, args.ckpt, device)
+    if args.temperature is None:
+        args.temperature = checkpoint['temperature']
     shape = height, width = checkpoint['height'], checkpoint['width']
     if args.image:
         rows = height // 2 if args.rows is None else args.rows

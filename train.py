@@ -82,6 +82,7 @@ class TrainConfig:
     eval_at: tuple = key((), 'evaluate at these iterations too, as in (200, 400, 800)')
     eval_batch_size: int = key(4, 'validation images at a time; affects memory only', 'more than 0')
     num_samples: int = key(16, 'images on the sheet of samples that every evaluation paints', 'more than 0')
+    temperature: float = key(1.0, 'of those samples, and of sample.py unless told otherwise: below 1 calmer', '0 or more')
     log_interval: int = key(10, 'iterations between two log lines', 'more than 0')
     wandb_log: bool = key(False, 'log to Weights & Biases as well (pip install wandb)')
     wandb_project: str = key('pixelgpt', 'its project')
@@ -182,7 +183,8 @@ def save_samples(path, model, data, config, meta, signals=()):
 
     with tqdm(total=total, desc='painting', unit='px', unit_scale=True, leave=False, disable=None) as bar, \
             contextlib.suppress(KeyboardInterrupt):
-        tokens = model.generate(prompts, generator=torch.Generator().manual_seed(config.seed), progress=progress)
+        generator = torch.Generator().manual_seed(config.seed)
+        tokens = model.generate(prompts, temperature=config.temperature, generator=generator, progress=progress)
         images = tokens.reshape(-1, meta['height'], meta['width'])
         extras.save_picture(extras.sheet([extras.to_image(image, scale=2) for image in images]), path)
 
@@ -304,6 +306,7 @@ def save_run(path, run, config, meta, seconds):
         optimizer=run.optimizers[0].state_dict(), muon=run.optimizers[1].state_dict() if config.muon_lr else None,
         scaler=run.scaler.state_dict(), model_args=asdict(run.model.config), iter_num=run.iteration,
         best_val_loss=run.best_val_loss, config=asdict(config), height=meta['height'], width=meta['width'],
+        temperature=config.temperature,
         run=dict(id=run.id, seconds=seconds, best_iter=run.best_iter, saved=run.saved, last_eval=run.last_eval,
                  loss_sum=run.loss_sum.item(), loss_count=run.loss_count)), path)
 

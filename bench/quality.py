@@ -293,7 +293,7 @@ def frequencies(train, real):
 
 
 def parse_sampling(text):
-    """Return options of paint from text such as 'temperature=0.9,top_p=0.95'."""
+    """Return options of paint from text such as 'temperature=0.9,top_p=0.95' or 'plain'."""
     options = dict(pair.split('=') for pair in text.split(',') if pair != 'plain')
     return {name: int(value) if name in ('top_k', 'rows') else float(value) for name, value in options.items()}
 
@@ -339,8 +339,8 @@ def main():
     parser.add_argument('--data', default='data/photos')
     parser.add_argument('--num_samples', type=int, default=1000)
     parser.add_argument('--sampling', nargs='+', default=['plain'],
-                        help="options of the sampler, as in temperature=0.9,top_p=0.95; 'plain' for none; rows=32 "
-                             'completes real images instead, of which 32 rows are kept')
+                        help="options of the sampler, as in temperature=0.9,top_p=0.95; 'plain' for those of "
+                             'sample.py; rows=32 completes real images instead, of which 32 rows are kept')
     parser.add_argument('--out', type=Path, default=ROOT / 'out' / 'quality')
     args = parser.parse_args()
     began = time.time()
@@ -376,7 +376,7 @@ def main():
         for text in args.sampling:
             model_name = path if len({Path(p).stem for p in args.ckpt}) < len(args.ckpt) else Path(path).stem
             name = model_name if text == 'plain' else f'{model_name} {text}' if len(args.ckpt) > 1 else text
-            tokens = paint(model, real, **parse_sampling(text))
+            tokens = paint(model, real, **{'temperature': checkpoint['temperature'], **parse_sampling(text)})
             on_samples = pixel_bits(model, tokens, 'samples')
             columns[name] = {
                 **compare(tokens, real, points),

@@ -6,7 +6,7 @@ from PIL import Image
 
 import extras
 from conftest import RECOMMENDED, ROOT, TINY, call
-from helpers import PHOTOS, nanogpt_checkpoint, needs_photos
+from helpers import PHOTOS, load, nanogpt_checkpoint, needs_photos, same
 
 
 def tokens(path, scale=1):
@@ -46,6 +46,20 @@ def test_the_seed_decides_and_the_number_of_pictures_does_not(ckpt, tmp_path):
         call('sample.py', '--ckpt', ckpt, '--out', tmp_path / f'{name}.png', *options, '--num_samples', *args)
     a, b, c = ([tokens(tmp_path / f'{name}_{i}.png').tolist() for i in range(3)] for name in 'abc')
     assert a == b and a != c
+
+
+def test_the_temperature_is_that_of_the_config_unless_another_is_given(data, ckpt, tmp_path):
+    call('train.py', *TINY, f'--data_dir={data}', f'--out_dir={tmp_path}', '--max_iters=20', '--average=0.2',
+         '--temperature=0.5')
+    calm, pictures = tmp_path / 'ckpt20.pt', {}
+    assert same(load(calm)['model'], load(ckpt)['model'])  # it changes nothing else
+    for name, args in (('calm', [calm]), ('told', [ckpt, '--temperature', 0.5]), ('not', [calm, '--temperature', 1]),
+                       ('usual', [ckpt])):
+        call('sample.py', '--ckpt', *args, '--num_samples', 2, '--out', tmp_path / 'a.png')
+        pictures[name] = tokens(tmp_path / 'a.png').tolist()
+    assert pictures['calm'] == pictures['told'] != pictures['not'] == pictures['usual']
+    sheets = [(path.parent / 'images' / 'output20.png').read_bytes() for path in (calm, ckpt)]
+    assert sheets[0] != sheets[1]
 
 
 @pytest.mark.parametrize('text', ['FEC', '0xfec', '#f0e0c0'])
