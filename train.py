@@ -82,7 +82,7 @@ class TrainConfig:
     eval_at: tuple = key((), 'evaluate at these iterations too, as in (200, 400, 800)')
     eval_batch_size: int = key(4, 'validation images at a time; affects memory only', 'more than 0')
     num_samples: int = key(16, 'images on the sheet of samples that every evaluation paints', 'more than 0')
-    temperature: float = key(1.0, 'of those samples, and of sample.py unless told otherwise: below 1 calmer', '0 or more')
+    temperature: float = key(1.0, 'of those samples, and of sample.py unless told otherwise: low is calm', '0 or more')
     log_interval: int = key(10, 'iterations between two log lines', 'more than 0')
     wandb_log: bool = key(False, 'log to Weights & Biases as well (pip install wandb)')
     wandb_project: str = key('pixelgpt', 'its project')
