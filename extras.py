@@ -219,7 +219,7 @@ def load_checkpoint(path, device='cpu'):
         checkpoint.setdefault('height', int(tokens ** 0.5))  # nor a shape: the ancestor's pictures are square
         checkpoint.setdefault('width', int(tokens ** 0.5))
         args.setdefault('width', checkpoint['width'])
-        checkpoint.setdefault('temperature', 1.0)
+        checkpoint.setdefault('temperature', checkpoint.get('config', {}).get('temperature', 1.0))
     except Exception as e:
         raise UserError(f'{path} is no readable checkpoint ({brief(e, 100)}): it may be half written or hold more than '
                         'tensors and plain values; use another one') from None

@@ -306,7 +306,6 @@ def save_run(path, run, config, meta, seconds):
         optimizer=run.optimizers[0].state_dict(), muon=run.optimizers[1].state_dict() if config.muon_lr else None,
         scaler=run.scaler.state_dict(), model_args=asdict(run.model.config), iter_num=run.iteration,
         best_val_loss=run.best_val_loss, config=asdict(config), height=meta['height'], width=meta['width'],
-        temperature=config.temperature,
         run=dict(id=run.id, seconds=seconds, best_iter=run.best_iter, saved=run.saved, last_eval=run.last_eval,
                  loss_sum=run.loss_sum.item(), loss_count=run.loss_count)), path)
 

@@ -5,7 +5,7 @@ data_dir = 'data/landscape'  # python prepare.py
 n_layer = 4
 n_head = 4
 n_embd = 128
-n_colour = 32  # a colour's vector; 1.3M parameters, all told
+n_colour = 32  # a colour's vector; 1.2M parameters, all told
 row_column_positions = True
 neighbours = 12  # up to two rows above and two columns aside
 relative_neighbours = True  # worth a tenth of a bit
@@ -28,4 +28,4 @@ beta2 = 0.99  # a small batch is noisy
 average = 0.1  # averaged weights: half-trained ones paint well, too
 
 eval_at = (200, 400, 800, 1600, 3000, 6000)  # dense early, where pictures change fast
-temperature = 0.98  # at 1.0 it finds its own pictures half a bit a pixel rougher than photographs, at 0.98 as smooth
+temperature = 0.98  # its own pictures cost it as many bits as photographs; at 1.0 they cost half a bit a pixel more
