@@ -3,7 +3,7 @@
     python bench/record.py config/landscape.py [--seeds 2] [--key=value ...]   # the table's first row: config/seed.py
 
 Draws the data if they are not there yet (10,000 images from seed 1337, 1,000 of them for validation; the same bytes
-on every machine), measures a few iterations, and trains for as many as fit into the hour, validation not counted.
+on every machine), measures sixty iterations, and trains for as many as fit into the hour, validation not counted.
 --seeds 2 trains twice, two hours, and prints mean and spread. --data data/photos scores photographs instead. Leave
 the machine idle.
 """
@@ -25,7 +25,7 @@ def train(data, out_dir, options):
 
 def iterations_within(seconds, data, out_dir, options):
     """Return how many iterations fit into so many seconds, by a trial run."""
-    trial = train(data, out_dir, [*options, '--max_iters=10', '--log_interval=1'])
+    trial = train(data, out_dir, [*options, '--max_iters=60', '--log_interval=1'])
     times = [float(row['seconds']) for row in trial if row['train_loss']]
     return int(seconds / statistics.median(after - before for before, after in zip(times, times[1:])))
 
