@@ -26,6 +26,9 @@ from torch.nn import functional as F
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 LEVELS = 16  # of a channel: a colour is red * 256 + green * 16 + blue
+RGB = torch.cartesian_prod(*[torch.arange(LEVELS)] * 3)  # the levels of each colour, (V, 3)
+# red, green, blue, red - green and blue - green: the channels of a photograph change together, their differences hardly
+VALUES = torch.cat((RGB, RGB[:, [0, 2]] - RGB[:, 1:2]), dim=1)  # (V, 5)
 # known pixels around the predicted one as (row, column) from it, the nearest first: left, above, ...
 NEIGHBOURS = sorted(((row, column) for row in range(-3, 1) for column in range(-3, 4) if (row, column) < (0, 0)),
                     key=lambda at: (at[0] ** 2 + at[1] ** 2, -at[0], abs(at[1]), at[1]))
@@ -87,8 +90,7 @@ class GPTConfig:
             raise ValueError(f'neighbours={self.neighbours}: only the first {outside[0]} lie within '
                              f'reach={self.reach}; raise it or take fewer')
         if self.relative_neighbours and 0 < self.neighbours < 3:
-            raise ValueError(f'neighbours={self.neighbours}: relative_neighbours compares those that touch, '
-                             'give 3 or more')
+            raise ValueError(f'neighbours={self.neighbours}: relative_neighbours needs some that touch, give 3 or more')
         if self.relative_chroma and not self.relative_colours:
             raise ValueError('relative_chroma needs relative_colours=True')
         relative = self.relative_neighbours or self.relative_colours
@@ -115,20 +117,22 @@ class CausalSelfAttention(nn.Module):
         self.kind, self.width = kind, config.width
         if kind == 'full':
             self.mask = None  # causal
-        else:  # (1, 1 or nh, length, keys), added to the scores; with fewer dimensions a CPU takes a slow path
+        else:  # (1, nh, length, keys), added to the scores; with fewer dimensions a CPU takes a slow path
             length = self.width if kind == 'local' else config.block_size // self.width
             away = torch.arange(length)[:, None] - torch.arange(length)  # (length, length), below 0 what comes later
             distance, seen = away.abs(), away >= 0
             if kind == 'local':  # the row above comes before the row itself
-                above = away >= -config.reach if config.reach else torch.ones_like(seen)
+                above = away >= -(config.reach or length)
                 distance, seen = torch.cat((distance + 1, distance), dim=1), torch.cat((above, seen), dim=1)
-            heads = torch.arange(1, config.n_head + 1)
-            slopes = 8 * 0.5 ** (8 / config.n_head * heads) if config.alibi else torch.zeros(1)
+            slopes = 8 * 0.5 ** (8 / config.n_head * torch.arange(1, config.n_head + 1)) * config.alibi  # 0 without
             mask = torch.where(seen, -slopes[None, :, None, None] * distance, -math.inf)
             self.register_buffer('mask', mask, persistent=False)
 
     def forward(self, x, kv=None):
-        """(B, P, C) -> (B, P, C). kv: a list that gets keys and values, (2, B * sequences, nh, length, hs)."""
+        """(B, P, C) -> (B, P, C). kv: a list that gets keys and values, (2, B * sequences, nh, length, hs).
+
+        An image is one sequence of P positions (full), a sequence for each row (local) or for each column (column).
+        """
         B, P, C = x.size()
         if self.kind == 'column':
             x = x.view(B, -1, self.width, C).transpose(1, 2)  # (B, width, height, C)
@@ -141,8 +145,7 @@ class CausalSelfAttention(nn.Module):
         with nullcontext() if x.is_cuda else torch.autocast('cpu', enabled=False):
             q, k, v = qkv if x.is_cuda else qkv.to(x.dtype)
             if self.kind == 'local':  # the row above before the row itself; the first row attends to zeros above it
-                # (B * height, nh, width, hs), the rows of each image moved down by one
-                row_above = lambda t: F.pad(t.unflatten(0, (B, -1)), (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1].flatten(0, 1)
+                row_above = lambda t: F.pad(t.unflatten(0, (B, -1)), (0, 0, 0, 0, 0, 0, 1, -1)).flatten(0, 1)
                 k, v = (torch.cat((row_above(t), t), dim=2) for t in (k, v))
             mask = None if self.mask is None else self.mask[..., :length, :k.size(2)].to(q.dtype)
             dropout = self.dropout if self.training else 0.0
@@ -192,12 +195,11 @@ class Stem(nn.Module):
             at = torch.tensor(NEIGHBOURS[:config.neighbours])
             touch = (at[:, None] - at).abs().sum(-1).triu() == 1
             self.register_buffer('touching', touch.nonzero().t().contiguous(), persistent=False)  # (2, pairs)
-            values = F.pad(colour_values(), (0, 0, 0, 1), value=99)  # (V + 1, 5)
-            self.register_buffer('values', values, persistent=False)
+            self.register_buffer('values', F.pad(VALUES, (0, 0, 0, 1), value=99), persistent=False)  # (V + 1, 5)
             # a difference d as five numbers, in row 31 + d: itself, its size, on two curved scales, and whether it is 0
             d = torch.arange(-31.0, 32)[:, None]
             numbers = torch.cat((d / 4, d.abs() / 4, (d / 1.5).tanh(), (d / 5).tanh(), (d == 0).float()), dim=1)
-            numbers[[0, -1]] = 0  # beside a pixel outside the image
+            numbers[[0, -1]] = 0  # colours differ by 30 at most; 31 is beside a pixel outside the image
             self.register_buffer('numbers', numbers, persistent=False)
             self.c_diff = nn.Linear(int(touch.sum()) * 5 * 5, 2 * config.n_embd, bias=False)
 
@@ -334,17 +336,17 @@ class GPT(nn.Module):
         for block in h.h:
             x = block(x, kv)
         x = h.ln_f(x)
-        low = self.down(x)
+        inputs = self.down(x)
         if c.relative_colours:
-            low = torch.cat((low, self.pair_scores(self.rel_head(x), neighbours)), dim=-1)
-        return low[:, :T - 1 + c.start_embedding], colours
+            inputs = torch.cat((inputs, self.pair_scores(self.rel_head(x), neighbours)), dim=-1)
+        return inputs[:, :T - 1 + c.start_embedding], colours  # without the padding
 
     def logits(self, tokens):
         """The first T pixels of images (B, T) -> logits (B, P, V) of the last P, each from earlier pixels only."""
         return head_logits(*self.features(tokens))
 
     def forward(self, tokens):
-        """The first T pixels of images (B, T) -> mean cross-entropy of the last P in nats."""
+        """The first T pixels of images (B, T) -> the loss alone: mean cross-entropy of the last P in nats."""
         x, weight = self.features(tokens)
         x, targets = x.flatten(0, 1), tokens[:, -x.size(1):].flatten()
         if x.is_cuda:  # has memory to spare, and torch.compile makes one kernel of softmax and gradient
@@ -352,10 +354,9 @@ class GPT(nn.Module):
         return HeadLoss.apply(x, weight, targets)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, muon_lr=0.0):
-        """Return [AdamW] as in nanoGPT: matrices and embeddings decay, gains and biases do not; fused on CUDA.
+        """Return [AdamW] as in nanoGPT, without weight decay of gains and biases; with muon_lr [AdamW, Muon].
 
-        With muon_lr [AdamW, Muon]: the matrices between embeddings and head, and those scores of the head that are
-        relative, go to Muon; the rest stays with AdamW.
+        Muon takes the matrices between embeddings and head, and rel_head. AdamW is fused on CUDA.
         """
         inner = ('transformer.h.', 'transformer.stem.', 'transformer.up.', 'down.', 'rel_head.')
         matrices = [p for name, p in self.named_parameters() if muon_lr and p.dim() == 2 and name.startswith(inner)]
@@ -371,16 +372,6 @@ class GPT(nn.Module):
         return sample.generate(self, tokens, max_new_tokens, **options)
 
 
-def colour_values():
-    """Return red, green, blue, red - green and blue - green of each colour, (V, 5).
-
-    The last two are chroma: in photographs the channels change together, and their differences hardly.
-    """
-    level = torch.arange(LEVELS)
-    red, green, blue = torch.cartesian_prod(level, level, level).unbind(1)
-    return torch.stack((red, green, blue, red - green, blue - green), dim=1)
-
-
 def relative_tables(chroma):
     """Return what turns relative scores into scores of pairs of levels: two tables, and how many scores there are.
 
@@ -391,7 +382,7 @@ def relative_tables(chroma):
         pairs (512, L): 1 where a pair of red and green, or of green and blue, has that value. Red and red - green are
             a matter of the former, the others of the latter
     """
-    values = colour_values()[:, :5 if chroma else 3]
+    values = VALUES[:, :5 if chroma else 3]
     score_index, pairs, scores = [], [], 0
     for i, value in enumerate((values - values.amin(0)).unbind(1)):
         n = int(value.max()) + 1
@@ -439,16 +430,16 @@ class HeadLoss(torch.autograd.Function):
             logits = head_logits(x_, weight)
             logits -= logits.amax(-1, keepdim=True)
             loss -= logits.gather(1, targets_).sum()
-            probs = logits.exp_()  # times total
-            total = probs.sum(-1, keepdim=True)
+            exps = logits.exp_()  # softmax, times total
+            total = exps.sum(-1, keepdim=True)
             loss += total.log().sum()
             if ctx.needs_input_grad[0]:
-                probs.scatter_add_(1, targets_, -total)  # d loss / d logits, times total
-                dx_[:, :D] = probs @ weight / total
+                exps.scatter_add_(1, targets_, -total)  # now d loss / d logits, times total
+                dx_[:, :D] = exps @ weight / total
                 if dx.size(1) > D:
-                    cube = probs.view(-1, LEVELS, LEVELS, LEVELS)
+                    cube = exps.view(-1, LEVELS, LEVELS, LEVELS)
                     dx_[:, D:] = torch.cat((cube.sum(3), cube.sum(1)), dim=1).flatten(1) / total
-                dweight += probs.t() @ (x_[:, :D] / total)
+                dweight += exps.t() @ (x_[:, :D] / total)
         ctx.save_for_backward(dx / len(x), dweight / len(x))
         return loss / len(x)
 
@@ -466,14 +457,13 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        for p in params:
+            self.state[p]['momentum'] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             params = group['params']
-            for p in params:
-                if 'momentum' not in self.state[p]:
-                    self.state[p]['momentum'] = torch.zeros_like(p)
             gradients, momenta = [p.grad for p in params], [self.state[p]['momentum'] for p in params]
             torch._foreach_lerp_(momenta, gradients, 1 - group['momentum'])
             updates = torch._foreach_lerp(gradients, momenta, group['momentum'])  # Nesterov's
