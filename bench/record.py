@@ -3,31 +3,46 @@
     python bench/record.py config/landscape.py [--seeds 2] [--key=value ...]   # the table's first row: config/seed.py
 
 Draws the data if they are not there yet (10,000 images from seed 1337, 1,000 of them for validation; the same bytes
-on every machine), measures sixty iterations, and trains for as many as fit into the hour, validation not counted.
+on every machine), measures the iterations of a minute, and trains for as many as fit into the hour, validation not
+counted.
 --seeds 2 trains twice, two hours, and prints mean and spread. --data data/photos scores photographs instead. Leave
 the machine idle.
 """
+import signal
 import statistics
+import subprocess
+import sys
+import time
 from pathlib import Path
 
-from common import ROOT, argument_parser, read_log, run_script
+from common import ROOT, argument_parser, command, read_log, run_script
 
 TRACK, HOUR = ROOT / 'data' / 'track', 3600
 NO_EVALUATION = ['--eval_at=()', '--eval_interval=0']  # during a run
 
 
-def train(data, out_dir, options):
-    """Train a model. Return the rows of its log."""
-    fixed = [f'--data_dir={data}', f'--out_dir={out_dir}', '--num_samples=16', '--overwrite=True']
-    run_script('train.py', *options, *NO_EVALUATION, *fixed)
-    return read_log(out_dir)
+def arguments(data, out_dir, options):
+    """Return the arguments of train.py for a model."""
+    return [*options, *NO_EVALUATION, f'--data_dir={data}', f'--out_dir={out_dir}', '--num_samples=16',
+            '--overwrite=True']
 
 
 def iterations_within(seconds, data, out_dir, options):
-    """Return how many iterations fit into so many seconds, by a trial run."""
-    trial = train(data, out_dir, [*options, '--max_iters=60', '--log_interval=1'])
-    times = [float(row['seconds']) for row in trial if row['train_loss']]
-    return int(seconds / statistics.median(after - before for before, after in zip(times, times[1:])))
+    """Return how many iterations fit into so many seconds, by a trial run of a sixtieth of them, ten at least.
+
+    On some machines the speed changes within the minute.
+    """
+    trial = subprocess.Popen(command('train.py', *arguments(data, out_dir, options), '--max_iters=1000000',
+                                     '--log_interval=1'))
+    times = []
+    while len(times) < 10 or times[-1] < seconds / 60:
+        if trial.poll() is not None:
+            sys.exit('the trial run has failed')
+        time.sleep(1)
+        times = [float(row['seconds']) for row in read_log(out_dir)] if (out_dir / 'log.csv').exists() else []
+    trial.send_signal(signal.SIGINT)
+    trial.wait()
+    return int(seconds / statistics.mean(after - before for before, after in zip(times, times[1:])))
 
 
 def main():
@@ -46,8 +61,8 @@ def main():
         out_dir = ROOT / 'out' / 'record' / args.data.name / name / f'seed{seed}'
         seeded = [*options, f'--seed={seed}']
         iterations = iterations_within(args.seconds, args.data.resolve(), out_dir / 'trial', seeded)
-        rows = train(args.data.resolve(), out_dir, [*seeded, f'--max_iters={iterations}'])
-        last = [row for row in rows if row['val_loss']][-1]
+        run_script('train.py', *arguments(args.data.resolve(), out_dir, seeded), f'--max_iters={iterations}')
+        last = [row for row in read_log(out_dir) if row['val_loss']][-1]
         scores.append(float(last['bits_per_pixel']))
         images, seconds = int(last['images']), float(last['seconds'])
         print(f"\n{' '.join(seeded)}: {scores[-1]:.3f} bits per pixel after {images:,} images in {seconds / 60:.0f} "
