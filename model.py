@@ -59,6 +59,7 @@ class GPTConfig:
     # start embedding instead of the last pixel above: then sample.py can paint a diagonal at once. 0: all of the row
     reach: int = 0
     alibi: bool = False  # local and column attention fade with distance, each head at its own rate
+    exclusive: bool = False  # attention adds only what is orthogonal to a position's own value
 
     @property
     def tokens_per_image(self):
@@ -105,7 +106,8 @@ class CausalSelfAttention(nn.Module):
 
     Strided attention as in the Sparse Transformer (Child et al. 2019, arXiv 1904.10509), by reshaping into shorter
     sequences: rows or columns. ALiBi (Press et al. 2021, arXiv 2108.12409) subtracts slope * Manhattan distance from a
-    score, with slopes eight times the paper's: distances here are rows and columns, not thousands of tokens.
+    score, with slopes eight times the paper's: distances here are rows and columns, not thousands of tokens. Exclusive
+    attention (Zhai 2026, arXiv 2603.09078) leaves out the part of the output along a position's own value.
     """
 
     def __init__(self, config, kind):
@@ -113,7 +115,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # queries, keys and values
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head, self.dropout, self.exclusive = config.n_head, config.dropout, config.exclusive
         self.kind, self.width = kind, config.width
         if kind == 'full':
             self.mask = None  # causal
@@ -143,17 +145,25 @@ class CausalSelfAttention(nn.Module):
             kv.append(qkv[1:])
         # a CPU stays in float32: in bfloat16 its backward pass takes five times as long
         with nullcontext() if x.is_cuda else torch.autocast('cpu', enabled=False):
-            q, k, v = qkv if x.is_cuda else qkv.to(x.dtype)
+            q, k, own = qkv if x.is_cuda else qkv.to(x.dtype)
+            v = own
             if self.kind == 'local':  # the row above before the row itself; the first row attends to zeros above it
                 row_above = lambda t: F.pad(t.unflatten(0, (B, -1)), (0, 0, 0, 0, 0, 0, 1, -1)).flatten(0, 1)
                 k, v = (torch.cat((row_above(t), t), dim=2) for t in (k, v))
             mask = None if self.mask is None else self.mask[..., :length, :k.size(2)].to(q.dtype)
             dropout = self.dropout if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=mask is None)
+            y = without(y, own) if self.exclusive else y
         y = self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # (B * sequences, length, C)
         if self.kind == 'column':
             y = y.view(B, self.width, -1, C).transpose(1, 2)
         return y.reshape(B, P, C)
+
+
+def without(y, own):
+    """Return vectors y (..., hs) without their parts along the vectors own (..., hs)."""
+    own = F.normalize(own, dim=-1)
+    return y - (y * own).sum(-1, keepdim=True) * own
 
 
 class MLP(nn.Module):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import extras
 from extras import UserError
-from model import NEIGHBOURS, add_pair_scores, head_logits
+from model import NEIGHBOURS, add_pair_scores, head_logits, without
 
 GREY = 0x666  # of pixels that are not painted yet
 
@@ -242,7 +242,7 @@ class Decoder:
         places = {kind: self.cache_places(kind, column, row, lane, position) for kind in set(c.attention.split())}
         for (kind, ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), cache in zip(self.layers, self.cache):
             qkv = c_attn(ln_1(x)).view(n, B, 3, c.n_head, -1).transpose(1, 2).flatten(2, 3)  # (n, 3, B * nh, hs)
-            x = x + attn_proj(attend(qkv, cache, *places[kind]).view(n * B, -1))
+            x = x + attn_proj(attend(qkv, cache, *places[kind], c.exclusive).view(n * B, -1))
             x = x + mlp_proj(F.gelu(c_fc(ln_2(x))))
         x = self.ln_f(x)
         logits = self.head(self.down(x))
@@ -266,14 +266,15 @@ class Decoder:
         return own, np.s_[:, lanes], mask.flatten(0, 1)
 
 
-def attend(qkv, cache, own, seen, mask):
+def attend(qkv, cache, own, seen, mask, exclusive):
     """Put keys and values of a wave into the cache and attend to it: (n, 3, B * nh, hs) -> (n * B * nh, 1, hs)."""
     for lane, slot in own:
         cache[:, lane, :, slot] = qkv[:, 1:]
     k, v = cache[seen].flatten(1, 2)  # (n * B * nh, slots, hs); lanes in a slice are not copied
-    q = qkv[:, 0].reshape(len(k), 1, -1)
+    q, _, own_v = qkv.transpose(0, 1).reshape(3, len(k), 1, -1)
     scores = torch.baddbmm(mask, q, k.mT, alpha=q.size(2) ** -0.5)  # (n * B * nh, 1, slots)
-    return torch.bmm(scores.softmax(-1), v)
+    y = torch.bmm(scores.softmax(-1), v)
+    return without(y, own_v) if exclusive else y
 
 
 def layer_norm(module):

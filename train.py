@@ -62,6 +62,7 @@ class TrainConfig:
     reach: int = key(0, 'columns to the right that local attention sees in the row above (0: all); rows then begin '
                         'with the start embedding, and sample.py paints along diagonals')
     alibi: bool = key(False, 'local and column attention fade with distance, each head at its own rate')
+    exclusive: bool = key(False, "attention adds only what is orthogonal to a position's own value")
     # the optimiser
     batch_size: int = key(40, 'images an iteration, over all processes and accumulation steps', 'more than 0')
     gradient_accumulation_steps: int = key(1, 'micro-batches of an iteration, to save memory', 'more than 0')

@@ -23,6 +23,7 @@ INGREDIENTS = {
     'relative chroma': ('--relative_chroma=True', '--relative_chroma=False'),
     'local and column attention': ('--attention=local column', '--attention=full'),
     'ALiBi': ('--alibi=True', '--alibi=False'),
+    'exclusive attention': ('--exclusive=True', '--exclusive=False'),
     'Muon': ('--muon_lr=0.02', '--muon_lr=0'),
 }
 

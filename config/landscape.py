@@ -15,6 +15,7 @@ relative_chroma = True
 attention = 'local column'  # in turn; a fraction of the time and the cache that full attention takes
 reach = 6  # pixels along a diagonal are painted together, several times as fast; costs 0.01 to 0.02 bits
 alibi = True  # what is near counts more
+exclusive = True  # attention adds what a pixel does not know already
 
 batch_size = 8  # one image each for eight GPUs; smaller batches learn a little more from an image, but need more steps
 max_iters = 6000

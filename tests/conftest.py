@@ -32,7 +32,7 @@ TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--learning_rate=3e-3', '--w
 # what the recommended config switches on
 RECOMMENDED = ['--row_column_positions=True', '--neighbours=12', '--relative_neighbours=True', '--n_colour=16',
                '--factorised_colours=True', '--relative_colours=True', '--relative_chroma=True',
-               '--attention=local column', '--alibi=True', '--muon_lr=0.02']
+               '--attention=local column', '--alibi=True', '--exclusive=True', '--muon_lr=0.02']
 
 
 def command(script, *args):

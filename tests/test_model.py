@@ -29,7 +29,8 @@ KINDS = {
     'small colours': {**TWO_DIMENSIONAL, 'attention': 'local column', 'reach': 3, 'n_colour': 8},
     'relative': dict(relative_colours=True),
     'chroma': {**TWO_DIMENSIONAL, 'attention': 'local column', 'reach': 3, 'n_colour': 8, 'relative_chroma': True,
-               'relative_neighbours': True},
+               'relative_neighbours': True, 'exclusive': True},
+    'exclusive': dict(exclusive=True, attention='local full column'),
     'biased': dict(bias=True, attention='column', factorised_colours=True),
 }
 kinds = pytest.mark.parametrize('kind', KINDS)
@@ -262,6 +263,20 @@ def test_attention_fades_with_distance(kind):
         weights = torch.tensor([-slope * distance for distance in away.values()]).softmax(0)
         expected = (weights[:, None] * x[0, list(away)]).sum(0)
         assert torch.allclose(y[here].view(2, 16)[head], expected.view(2, 16)[head], atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['full', 'local', 'column'])
+def test_exclusive_attention_adds_only_what_is_orthogonal_to_the_own_value(kind):
+    attn = small(attention=kind, n_layer=1, std=0.5).transformer.h[0].attn
+    torch.nn.init.eye_(attn.c_proj.weight)
+    x = torch.randn(2, TOKENS, 32)
+    plain, own = (y.view(2, TOKENS, 2, 16) for y in (attn(x), attn.c_attn(x)[..., 64:]))
+    attn.exclusive = True
+    exclusive = attn(x).view(2, TOKENS, 2, 16)
+    assert (exclusive * own).sum(-1).abs().max() < 1e-4
+    along = (plain - exclusive) / own  # what is left out is a multiple of the own value
+    assert torch.allclose(plain - exclusive, along.median(-1, keepdim=True).values * own, atol=1e-4)
+    assert (plain - exclusive).abs().mean() > 0.1
 
 
 @pytest.mark.parametrize('kind', ['ancestor', 'local column', 'reach'])
