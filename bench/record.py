@@ -8,7 +8,6 @@ counted.
 --seeds 2 trains twice, two hours, and prints mean and spread. --data data/photos scores photographs instead. Leave
 the machine idle.
 """
-import signal
 import statistics
 import subprocess
 import sys
@@ -40,7 +39,7 @@ def iterations_within(seconds, data, out_dir, options):
             sys.exit('the trial run has failed')
         time.sleep(1)
         times = [float(row['seconds']) for row in read_log(out_dir)] if (out_dir / 'log.csv').exists() else []
-    trial.send_signal(signal.SIGINT)
+    trial.terminate()  # it finishes its iteration; Ctrl-C would not reach it under nohup
     trial.wait()
     return int(seconds / statistics.mean(after - before for before, after in zip(times, times[1:])))
 
