@@ -2,6 +2,7 @@
 # All that the README says of a GPU, in one go: tests, timings, sampling, and a run that fills the rest of the time.
 #     bash bench/gpu.sh data/photos out/gpu 600        # data, a folder for everything that comes out, seconds
 # Every stage has its own limit, and none stops the next. DEVICE=cpu BATCH=2 rehearses it (with a data set of small images).
+# OPTIONS='--exclusive=True --learning_rate=8e-3' changes the recipe of the run.
 set -u
 data=$(realpath "$1"); mkdir -p "$2"; out=$(realpath "$2"); seconds=$3
 cd "$(dirname "$0")/.."
@@ -24,7 +25,7 @@ stage sampling
 timeout 120 $python bench/sampling.py --device $device --batch ${SAMPLES:-1 32 256 1024} 2>>"$out/errors.txt" | tee "$out/sampling.md"
 timeout 60 $python bench/sampling.py --device $device --batch 1 --eager 2>>"$out/errors.txt" | tee -a "$out/sampling.md"
 
-run() { timeout $((seconds - SECONDS)) $python train.py config/landscape_gpu.py --device=$device --data_dir="$data" --batch_size=$batch --overwrite=True "$@"; }
+run() { timeout $((seconds - SECONDS)) $python train.py config/landscape_gpu.py --device=$device --data_dir="$data" --batch_size=$batch --overwrite=True ${OPTIONS:-} "$@"; }
 
 stage a short run, to see how many iterations fit
 trial=${TRIAL:-300}
