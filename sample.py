@@ -7,6 +7,7 @@
 
 Shapes: B images of N pixels, H rows of W columns; n pixels of a wave; C, nh, hs, V, K as in model.py.
 """
+import argparse
 import math
 import os
 import time
@@ -37,7 +38,7 @@ def generate(model, tokens, max_new_tokens=None, *, temperature=1.0, top_k=None,
     generator: a torch.Generator, from which each image gets a seed for all of its noise. So a picture depends, up to
         rounding, neither on use_cache nor on the size of the batch nor on the model's device.
     use_cache: False runs the whole model again for every pixel: slow, and the reference for everything else here.
-    progress: called with the number of pixels just painted.
+    progress: called with the number of pixels just painted and the images so far, GREY where nothing is painted yet.
     Raises ValueError.
     """
     config, device = model.config, model.lm_head.weight.device
@@ -52,7 +53,7 @@ def generate(model, tokens, max_new_tokens=None, *, temperature=1.0, top_k=None,
     if B * new == 0:
         return tokens
     seeds = torch.randint(2 ** 62, (B,), generator=generator, device=generator.device if generator else 'cpu')
-    images = torch.cat((tokens, tokens.new_zeros(B, new)), dim=1)
+    images = F.pad(tokens, (0, new), value=GREY)
     draw = lambda logits, noise: sample(filter_logits(logits, temperature, top_k, top_p), noise)
     loop = plain_loop if not use_cache else graph_loop if device.type == 'cuda' else wave_loop
     batch_size = images_at_once(model)
@@ -61,7 +62,7 @@ def generate(model, tokens, max_new_tokens=None, *, temperature=1.0, top_k=None,
         for batch, batch_seeds in zip(images.split(batch_size), seeds.to(device).split(batch_size)):
             for count in loop(model, batch, batch_seeds, draw, T):
                 if progress:
-                    progress(len(batch) * count)
+                    progress(len(batch) * count, images)
     return images
 
 
@@ -79,9 +80,8 @@ def wave_loop(model, images, seeds, draw, first):
     """Paint the same images wave by wave, with a cache: on a CPU."""
     decoder = Decoder(model, images, first)
     for pixels in adapt_threads(decoder.waves(first), 2 * len(images)):
-        decoder.step(pixels, seeds, draw)
+        images[:, pixels] = decoder.step(pixels, seeds, draw)
         yield len(pixels)
-    images.copy_(decoder.painted())
 
 
 def graph_loop(model, images, seeds, draw, first, steps=8):
@@ -119,8 +119,9 @@ def graph_loop(model, images, seeds, draw, first, steps=8):
                 with torch.cuda.graph(graph):
                     run()
             graph.replay()
+        pixels = table[begin:begin + steps].flatten()
+        images[:, pixels] = decoder.canvas[decoder.cells[pixels]].t()
         yield sum(counts[begin:begin + steps])
-    images.copy_(decoder.painted())
 
 
 def wave_stride(config):
@@ -216,14 +217,11 @@ class Decoder:
                 cache[:, self.places[:self.width, 2] if kind == 'column' else slice(1), :, :length] = kv
 
     def step(self, pixels, seeds, draw):
-        """Paint the pixels (n,) of a wave. seeds (B,); draw: logits and noise, both (n * B, V), -> tokens (n * B,)."""
+        """Paint the pixels (n,) of a wave: (B, n). seeds (B,); draw: logits, noise (n * B, V) -> tokens (n * B,)."""
         logits = self.decode(pixels)
         noise = gumbel_noise(seeds, pixels, logits.size(-1)).flatten(0, 1)
-        self.canvas[self.cells[pixels]] = draw(logits, noise).view(-1, self.B)
-
-    def painted(self):
-        """Return the images so far, (B, N)."""
-        return self.canvas[self.cells[:self.N]].t()
+        self.canvas[self.cells[pixels]] = colours = draw(logits, noise).view(-1, self.B)
+        return colours.t()
 
     def decode(self, pixels):
         """Return the logits (n * B, V) of the pixels (n,) of a wave, by the arithmetic of GPT.features."""
@@ -422,26 +420,41 @@ def read_picture(path, size):
         raise UserError(f'{path} cannot be read as a picture ({extras.brief(e)})') from None
 
 
-def paint_samples(model, prompt, args):
-    """Yield args.num_samples images (tokens_per_image,) that go on from one prompt (T,)."""
+def paint_samples(model, prompt, args, progress):
+    """Yield args.num_samples images (tokens_per_image,) that go on from one prompt (T,). progress as in generate."""
     generator, done = torch.Generator().manual_seed(args.seed), 0
-    total = args.num_samples * (model.config.tokens_per_image - len(prompt))
-    with tqdm(total=total, unit='px', unit_scale=True, desc='painting') as bar:
-        while done < args.num_samples:
-            # a CPU paints the first picture alone, to show it after a second; side by side the others are faster
-            first_alone = done == 0 and not model.lm_head.weight.is_cuda
-            n = min(1 if first_alone else images_at_once(model), args.num_samples - done)
-            yield from model.generate(np.tile(prompt, (n, 1)), temperature=args.temperature, top_k=args.top_k,
-                                      top_p=args.top_p, generator=generator, progress=bar.update).cpu().numpy()
-            done += n
+    while done < args.num_samples:
+        # a CPU paints the first picture alone, to show it after a second; side by side the others are faster
+        first_alone = done == 0 and not model.lm_head.weight.is_cuda
+        n = min(1 if first_alone else images_at_once(model), args.num_samples - done)
+        yield from model.generate(np.tile(prompt, (n, 1)), temperature=args.temperature, top_k=args.top_k,
+                                  top_p=args.top_p, generator=generator, progress=progress).cpu().numpy()
+        done += n
 
 
-def sheet(images, shape, scale, prompt, original):
+def sheet(images, shape, scale, prompt, original, columns=None):
     """Return a picture of all images (tokens_per_image,), completions between their prompt and the original."""
     if original is not None:
         images = [np.where(np.arange(len(original)) < len(prompt), original, GREY), *images, original]
-    columns = None if original is None else len(images)
-    return extras.sheet([extras.to_image(tokens.reshape(shape), scale) for tokens in images], columns)
+    pictures = [extras.to_image(tokens.reshape(shape), scale) for tokens in images]
+    return extras.sheet(pictures, columns) if len(pictures) > 1 else pictures[0]
+
+
+def save_gif(path, images, shape, given, stride, lay_out):
+    """Save images (tokens_per_image,) being painted, in as many frames as rows, after the given pixels of each.
+
+    stride: that of the waves, see wave_stride. lay_out: images -> the picture of a frame.
+    """
+    height, width = shape
+    pixels = np.arange(height * width)
+    waves = pixels % width + stride * (pixels // width)
+    times = np.linspace(waves[given:].min(), waves.max() + 1, height + 1)
+    frames = [lay_out([np.where((waves < time) | (pixels < given), image, GREY) for image in images])
+              for time in times]
+    palette = extras.sheet([frames[0], frames[-1]]).quantize(dither=0)  # one for all frames is faster, and calm
+    frames = [frame.quantize(palette=palette, dither=0) for frame in frames]
+    extras.save_picture(frames[0], path, save_all=True, append_images=frames[1:], loop=0,
+                        duration=[60] * (len(frames) - 1) + [2000])
 
 
 def main(argv=None):
@@ -474,13 +487,13 @@ def main(argv=None):
         raise UserError('--rows says how much of a picture to keep: name the picture with --image')
     if args.image and args.first_pixel:
         raise UserError('--image gives the first pixel, too: leave out --first_pixel')
+    device = extras.pick_device(args.device)
     stem, ending = os.path.splitext(args.out)
     extras.picture_format(args.out)
     if args.gif and ending.lower() == '.gif':
         raise UserError(f'--gif writes {stem}.gif: end the name of the sheet, --out, in .png')
     extras.make_folder(os.path.dirname(args.out) or '.')
 
-    device = extras.pick_device(args.device)
     checkpoint = extras.load_checkpoint(args.ckpt, device)
     model = extras.build_model(checkpoint, args.ckpt, device)
     if args.temperature is None:
@@ -499,24 +512,21 @@ def main(argv=None):
                             'give one, as in --first_pixel FEC')
         original, prompt = None, np.array([] if text == 'sample' else [extras.parse_pixel(text)], np.int64)
 
-    images = []
-    for i, tokens in enumerate(paint_samples(model, prompt, args)):
-        path = args.out if args.num_samples == 1 and original is None else f'{stem}_{i}{ending}'
-        extras.save_bmp(tokens.reshape(shape), path, args.scale)
-        images.append(tokens)
-        if i == 0:
-            tqdm.write(f'wrote {path}')
+    images, total = [], args.num_samples * (model.config.tokens_per_image - len(prompt))
+    with tqdm(total=total, unit='px', unit_scale=True, desc='painting') as bar:
+        for i, tokens in enumerate(paint_samples(model, prompt, args, lambda pixels, images: bar.update(pixels))):
+            path = args.out if args.num_samples == 1 and original is None else f'{stem}_{i}{ending}'
+            extras.save_bmp(tokens.reshape(shape), path, args.scale)
+            images.append(tokens)
+            if i == 0:
+                tqdm.write(f'wrote {path}')
+    columns = None if original is None else len(images) + 2
+    lay_out = lambda images: sheet(images, shape, args.scale, prompt, original, columns)
     if path != args.out:
-        extras.save_picture(sheet(images, shape, args.scale, prompt, original), args.out)
+        extras.save_picture(lay_out(images), args.out)
         print(f'wrote {path}, the last of {len(images)}, and {args.out}')
     if args.gif:
-        pixels = np.arange(height * width)
-        waves = pixels % width + wave_stride(model.config) * (pixels // width)
-        times = np.linspace(waves[len(prompt):].min(), waves.max() + 1, height + 1)
-        frames = [sheet([np.where((waves < time) | (pixels < len(prompt)), image, GREY) for image in images],
-                        shape, args.scale, prompt, original) for time in times]
-        extras.save_picture(frames[0], stem + '.gif', save_all=True, append_images=frames[1:], loop=0,
-                            duration=[60] * (len(frames) - 1) + [2000])
+        save_gif(stem + '.gif', images, shape, len(prompt), wave_stride(model.config), lay_out)
         print(f'wrote {stem}.gif')
 
 

@@ -177,7 +177,7 @@ def save_samples(path, model, data, config, meta, signals=()):
         prompts = np.resize(data[:config.num_samples, :1], (config.num_samples, 1))
     total = len(prompts) * (meta['tokens_per_image'] - prompts.shape[1])
 
-    def progress(pixels):
+    def progress(pixels, images):
         bar.update(pixels)
         if signals:
             raise KeyboardInterrupt

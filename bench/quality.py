@@ -280,7 +280,8 @@ def paint(model, real, rows=0, **options):
     generator = torch.Generator().manual_seed(1)
     pixels = n * (height * width - prompts.shape[1])
     with tqdm(total=pixels, unit='px', unit_scale=True, desc='painting', leave=False) as bar:
-        tokens = model.generate(prompts, generator=generator, progress=bar.update, **options)
+        progress = lambda pixels, images: bar.update(pixels)
+        tokens = model.generate(prompts, generator=generator, progress=progress, **options)
     return tokens.cpu().numpy().reshape(real.shape)
 
 

@@ -13,7 +13,7 @@ import prepare
 from conftest import ROOT
 from helpers import nanogpt_checkpoint
 from model import NEIGHBOURS, GPT, GPTConfig, orthogonalise
-from sample import Decoder, adapt_threads, filter_logits, graph_loop, gumbel_noise, sample, wave_loop
+from sample import GREY, Decoder, adapt_threads, filter_logits, graph_loop, gumbel_noise, sample, wave_loop
 
 SIDE = 12
 TOKENS = SIDE * SIDE
@@ -427,7 +427,7 @@ def test_cached_logits_are_those_of_whole_images(kind):
                 logits = decoder.decode(pixels).view(len(pixels), 3, -1).transpose(0, 1)
                 assert (logits - whole[:, pixels - int(kind == 'ancestor')]).abs().max() < 1e-4
                 decoder.canvas[decoder.cells[pixels]] = tokens[:, pixels].t()
-        assert decoder.painted().equal(tokens)
+        assert decoder.canvas[decoder.cells].t().equal(tokens)
 
 
 @pytest.mark.parametrize('kind', ['ancestor', 'full', 'local column', 'reach', 'small colours'])
@@ -540,8 +540,11 @@ def test_part_of_an_image_and_what_does_not_fit():
     prompt = images(1)[:, :10]
     assert model.generate(prompt, 7).shape == (1, 17) and model.generate(prompt, 0).equal(prompt)
     steps = []
-    model.generate(prompt.repeat(3, 1), 7, progress=steps.append)
-    assert steps == [3] * 7
+    model.generate(prompt.repeat(3, 1), 7, progress=lambda pixels, images: steps.append((pixels, images.tolist())))
+    assert [pixels for pixels, _ in steps] == [3] * 7
+    for i, (_, images_so_far) in enumerate(steps):
+        assert all(image[:i + 11] == last[:i + 11] and image[i + 11:] == [GREY] * (6 - i)
+                   for image, last in zip(images_so_far, steps[-1][1]))
     with pytest.raises(ValueError, match='do not fit'):
         model.generate(prompt, TOKENS)
     with pytest.raises(ValueError, match='cannot draw the first pixel'):
