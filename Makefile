@@ -1,6 +1,7 @@
 # make demo: from a fresh clone to a sheet of painted landscapes, in minutes on two CPU cores
 # make test: the whole test suite
-# Both make their own environment. Other versions, here the last NumPy 1 (newer releases of pyarrow want NumPy 2):
+# make web: a page on which to play with the model that comes along
+# They make their own environment. Other versions, here the last NumPy 1 (newer releases of pyarrow want NumPy 2):
 #     make test VENV=.venv-numpy1 NUMPY="'numpy<2' 'pyarrow<24'"
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ TORCH ?= torch==2.13.0
 NUMPY ?= 'numpy>=1.26'
 BIN = $(VENV)/bin
 
-.PHONY: demo test clean
+.PHONY: demo test web clean
 
 demo: $(VENV)/installed
 	$(BIN)/python prepare.py --source synthetic --size 24 --num_images 4000 --out_dir data/demo
@@ -20,6 +21,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q -n 3 --dist worksteal tests
+
+web: $(VENV)/installed
+	$(BIN)/pip install --disable-pip-version-check --quiet 'gradio>=6'
+	$(BIN)/python sample.py --ckpt out/ckpt6000.pt --web
 
 # the file stands for a finished installation: one that was interrupted is done again
 $(VENV)/installed: requirements.txt Makefile

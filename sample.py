@@ -4,13 +4,20 @@
     python sample.py --ckpt out/ckpt6000.pt --first_pixel FEC --seed 7   # all from a pale yellow one
     python sample.py --ckpt out/ckpt6000.pt --image photo.png --rows 32  # finish a picture from its upper half
     python sample.py --ckpt out/ckpt6000.pt --num_samples 4 --gif --scale 4  # and watch it being painted
+    python sample.py --ckpt out/ckpt6000.pt --web                        # play with it on a local page
 
 Shapes: B images of N pixels, H rows of W columns; n pixels of a wave; C, nh, hs, V, K as in model.py.
 """
 import argparse
+import collections
+import functools
 import math
 import os
+import random
+import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
 import numpy as np
@@ -456,6 +463,183 @@ def save_gif(path, images, shape, given, stride, lay_out):
     extras.save_picture(frames[0], path, save_all=True, append_images=frames[1:], loop=0,
                         duration=[60] * (len(frames) - 1) + [2000])
 
+# -----------------------------------------------------------------------------
+# the page
+
+PAINTER = threading.Lock()  # paints alone: inference_settings are those of the whole process
+
+
+@functools.lru_cache(maxsize=2)
+def load(path, device):
+    """Return the model of a checkpoint, the (height, width) of its pictures, its temperature. Raises UserError."""
+    checkpoint = extras.load_checkpoint(path, device)
+    model = extras.build_model(checkpoint, path, device)
+    return model, (checkpoint['height'], checkpoint['width']), checkpoint['temperature']
+
+
+def paint_live(model, prompts, args, device):
+    """Paint as paint_samples does, from each prompt in turn, and yield all images so far, several times a second.
+
+    In a thread of its own, since Gradio goes on with a generator in any thread, and some settings of torch are those of
+    a thread. Gradio closes the generator when the visitor presses Stop or leaves.
+    """
+    painted, so_far, closed = [], collections.deque(maxlen=1), threading.Event()
+
+    def progress(pixels, images):
+        if closed.is_set():
+            raise KeyboardInterrupt  # a thread can only be stopped from inside
+        so_far.append([*painted, *images.cpu().numpy()])
+
+    def paint():
+        with PAINTER:
+            extras.pick_device(device)  # of this thread
+            for prompt in prompts:
+                for image in paint_samples(model, prompt, args, progress):
+                    painted.append(image)
+
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(paint)
+        try:
+            while not job.done():
+                wait([job], timeout=0.15)
+                if so_far:
+                    yield so_far.pop()
+            job.result()  # or its error
+        finally:
+            closed.set()
+    yield painted
+
+
+def build_page(args, device):
+    """Return a page (gradio.Blocks) to play on: its pictures are those of the command line. Raises UserError."""
+    try:
+        import gradio as gr
+    except ImportError:
+        raise UserError('--web needs gradio: pip install gradio') from None
+    if int(gr.__version__.split('.')[0]) < 6:
+        raise UserError(f'--web needs gradio 6, and this is {gr.__version__}: pip install -U gradio')
+    model, shape, usual_temperature = load(args.ckpt, device)
+    height, width = shape
+    heads = extras.checkpoint_heads(os.path.dirname(args.ckpt) or '.')
+    iterations = {os.path.normpath(path): head['iter_num'] for path, head in heads.items()}
+    checkpoints = sorted({os.path.normpath(args.ckpt), *iterations}, key=lambda path: iterations.get(path, 0))
+
+    @contextmanager
+    def mistakes_shown():
+        try:
+            yield
+        except (UserError, ValueError) as e:
+            raise gr.Error(str(e), print_exception=False) from None
+
+    # what a painting begins with: prompts, and the picture that they are part of
+    def nothing():
+        return [[]], None
+
+    def first_pixels(*colours):
+        return [[extras.parse_pixel(colour)] for colour in colours], None
+
+    def upper_rows(path, rows):
+        if path is None:
+            raise UserError('drop in a picture first')
+        try:
+            original = read_picture(path, (width, height))
+        except UserError:
+            raise UserError(f'{os.path.basename(path)} cannot be read as a picture: try another one') from None
+        return [original[:rows * width]], original
+
+    def lay_out(images, prompts, count, original):
+        """Return the sheet, about 560 pixels wide, of the images so far and, as prompts on grey, of those to come."""
+        to_come = [np.pad(np.array(prompt, np.int64), (0, height * width - len(prompt)), constant_values=GREY)
+                   for prompt in prompts for _ in range(count)]
+        images = [*images, *to_come[len(images):]]
+        columns = math.ceil((len(images) + 2 * (original is not None)) ** 0.5)  # beside what was given, the original
+        return sheet(images, shape, max(1, 560 // (columns * width)), prompts[0], original)
+
+    def paint(make_prompts, count, ckpt, seed, temperature, top_k, top_p, *inputs):
+        """Paint: yields the sheet as it grows, a line to go below it and, in the end, a GIF of the painting."""
+        with mistakes_shown(), tempfile.TemporaryDirectory() as folder:
+            prompts, original = make_prompts(*inputs)
+            model, its_shape, _ = load(ckpt, device)
+            if its_shape != shape:
+                raise UserError(f'{ckpt} paints pictures of another size: start a page with it')
+            count = count if len(prompts) == 1 else 1
+            options = argparse.Namespace(num_samples=count, seed=int(seed or 0), temperature=temperature,
+                                         top_k=top_k or None, top_p=top_p)
+            grow = functools.partial(lay_out, prompts=prompts, count=count, original=original)
+            began = time.monotonic()
+            for images in paint_live(model, prompts, options, device):
+                picture = grow(images)
+                yield picture, 'painting ...', None
+            seconds, known = time.monotonic() - began, len(prompts[0])
+            pixels = len(images) * (height * width - known)
+            yield picture, 'making the GIF ...', None
+            gif = os.path.join(folder, f'painting_{options.seed}.gif')
+            save_gif(gif, images, shape, known, wave_stride(model.config), grow)
+            yield picture, f'{pixels:,} pixels in {seconds:.1f} s, {pixels / seconds:,.0f} pixels/s', gif
+
+    @mistakes_shown()
+    def preview(path, rows):
+        if path is None:
+            return gr.skip()
+        prompts, original = upper_rows(path, rows)
+        return lay_out([], prompts, 0, original)
+
+    with gr.Blocks(title='A GPT that paints', analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gr.Markdown('# pixelGPT\nA GPT that paints, pixel by pixel: it has read landscapes like texts, '
+                    f'{height * width:,} colours in rows, and says which colour comes next.')
+        with gr.Row():
+            with gr.Column(scale=3, min_width=300):
+                picture = gr.Image(format='png', show_label=False, interactive=False,
+                                   buttons=['download', 'fullscreen'])
+                status = gr.Markdown()
+                gif = gr.DownloadButton('GIF of the painting')
+            with gr.Column(scale=2, min_width=300):
+                with gr.Tab('Paint'):
+                    paint_button = gr.Button('Paint', variant='primary', interactive=model.config.start_embedding)
+                    with gr.Row():  # side by side: an open picker moves what is below it, away from the mouse
+                        colour = gr.ColorPicker('#88aaff', label='first pixel', min_width=120)
+                        from_pixel = gr.Button('Paint from this first pixel', min_width=120)
+                with gr.Tab('Complete'):
+                    upload = gr.File(label='any picture', height=120)
+                    rows = gr.Slider(1, height - 1, height // 2, step=1, precision=0, label='rows to keep')
+                    complete = gr.Button('Complete', variant='primary')
+                with gr.Tab('Same noise, other first pixel'):
+                    compare = gr.Button('Paint from each of these', variant='primary')
+                    with gr.Row():
+                        colours = [gr.ColorPicker(value, label=f'first pixel {i + 1}', min_width=120)
+                                   for i, value in enumerate(('#88aaff', '#ff8855', '#447722', '#000022'))]
+                count = gr.Radio([1, 4, 9], value=4, label='pictures')
+                with gr.Row():
+                    seed = gr.Number(min(args.seed, 2 ** 53), label='seed', precision=0, minimum=0, min_width=120,
+                                     maximum=2 ** 53)  # the largest whole number of JavaScript
+                    dice = gr.Button('Roll the dice', min_width=120)
+                    stop = gr.Button('Stop', variant='stop', min_width=80)
+                with gr.Accordion('Sampler and checkpoint', open=False):
+                    ckpt = gr.Dropdown(checkpoints, value=os.path.normpath(args.ckpt), label='checkpoint')
+                    warmth = usual_temperature if args.temperature is None else args.temperature
+                    temperature = gr.Slider(0, max(2, warmth), warmth, step=0.01, label='temperature')
+                    top_k = gr.Slider(0, extras.VOCAB_SIZE, min(args.top_k or 0, extras.VOCAB_SIZE), step=1,
+                                      precision=0, label='top-k (0: all colours)')
+                    top_p = gr.Slider(0.001, 1, args.top_p or 1, step=0.001, label='top-p')
+
+        controls = [count, ckpt, seed, temperature, top_k, top_p]
+        painters = [button.click(functools.partial(paint, make_prompts), [*controls, *inputs], [picture, status, gif],
+                                 api_name=name, api_description=paint.__doc__, concurrency_id='painter',
+                                 concurrency_limit=1, show_progress='minimal', show_progress_on=picture)
+                    for button, name, make_prompts, inputs in ((paint_button, 'paint', nothing, []),
+                                                               (from_pixel, 'from_pixel', first_pixels, [colour]),
+                                                               (complete, 'complete', upper_rows, [upload, rows]),
+                                                               (compare, 'compare', first_pixels, colours))]
+        hidden = dict(api_visibility='private', show_progress='hidden')
+        stop.click(lambda: 'stopped', None, status, cancels=painters, **hidden)
+        dice.click(lambda: random.randrange(10 ** 6), None, seed, **hidden)
+        ckpt.input(mistakes_shown()(lambda path: load(path, device)[2]), ckpt, temperature, **hidden)
+        gr.on([upload.upload, rows.input], preview, [upload, rows], picture, trigger_mode='always_last',
+              show_progress='hidden')
+        for picker in (colour, *colours):  # shows the 12-bit colour that a colour becomes; in the browser, at once
+            picker.change(None, picker, picker, js="c => c.replace(/^#(.).(.).(.).$/, '#$1$1$2$2$3$3')")
+    return page
+
 
 def main(argv=None):
     parser = extras.Parser(description='Paint pictures with a trained model.')
@@ -476,6 +660,9 @@ def main(argv=None):
                         help='the sheet; single pictures get _0, _1, ... (out/images/sample.png)')
     parser.add_argument('--scale', type=int, default=1, help='enlarge every pixel to a square of this side (1)')
     parser.add_argument('--gif', action='store_true', help='also write the painting in progress, a frame a row')
+    parser.add_argument('--web', action='store_true', help='open a page to play on instead')
+    parser.add_argument('--host', default='127.0.0.1',
+                        help='address of that page; 0.0.0.0 lets other machines in (127.0.0.1)')
     parser.add_argument('--device', default='auto', help='auto, cuda, cuda:1, mps or cpu (auto)')
     args = parser.parse_args(argv)
     extras.check_values(
@@ -488,6 +675,14 @@ def main(argv=None):
     if args.image and args.first_pixel:
         raise UserError('--image gives the first pixel, too: leave out --first_pixel')
     device = extras.pick_device(args.device)
+    if args.web:
+        # Gradio keeps uploads and pictures in a folder, and imports matplotlib, which keeps its settings and fonts
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            os.environ.update(GRADIO_TEMP_DIR=folder, MPLCONFIGDIR=folder, MPLBACKEND='agg',
+                              GRADIO_RUN_HISTORY='False')  # it would keep pictures in the browser
+            build_page(args, device).launch(server_name=args.host, share=False, show_error=True,
+                                            inbrowser=args.host == '127.0.0.1')
+        return
     stem, ending = os.path.splitext(args.out)
     extras.picture_format(args.out)
     if args.gif and ending.lower() == '.gif':
