@@ -552,7 +552,7 @@ def build_page(args, device):
         to_come = [np.pad(np.array(prompt, np.int64), (0, height * width - len(prompt)), constant_values=GREY)
                    for prompt in prompts for _ in range(count)]
         images = [*images, *to_come[len(images):]]
-        columns = math.ceil((len(images) + 2 * (original is not None)) ** 0.5)  # beside what was given, the original
+        columns = math.ceil((len(images) + 2 * (original is not None)) ** 0.5)  # with the rows kept, the original
         return sheet(images, shape, max(1, 560 // (columns * width)), prompts[0], original)
 
     def paint(make_prompts, count, ckpt, seed, temperature, top_k, top_p, *inputs):
