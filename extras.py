@@ -19,6 +19,7 @@ import pickle
 import shlex
 import sys
 import tempfile
+import threading
 import typing
 import uuid
 import warnings
@@ -579,19 +580,23 @@ def load_rgb(file, size):
         return np.asarray(_to_srgb(cropped, image.info.get('icc_profile')))
 
 
+_ONE_THREAD = threading.Lock()
+
+
 @contextlib.contextmanager
 def _quiet():
     """Suppress warnings about odd pictures: Pillow's, and those that libtiff writes to file descriptor 2."""
-    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nowhere)
+    with _ONE_THREAD:  # both are those of the whole process
+        saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')
+                yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            os.close(nowhere)
 
 
 def _open(file):
