@@ -14,6 +14,7 @@ relative_colours = True
 attention = 'local column'
 reach = 6
 alibi = True
+exclusive = True
 
 batch_size = 3
 max_iters = 1000  # 3,000 images
