@@ -606,7 +606,7 @@ def build_page(args, device):
                 with gr.Tab('Same noise, other first pixel'):
                     compare = gr.Button('Paint from each of these', variant='primary')
                     with gr.Row():
-                        colours = [gr.ColorPicker(value, label=f'first pixel {i + 1}', min_width=120)
+                        colours = [gr.ColorPicker(value, label=f'first pixel {i + 1}', min_width=100)
                                    for i, value in enumerate(('#88aaff', '#ff8855', '#447722', '#000022'))]
                 count = gr.Radio([1, 4, 9], value=4, label='pictures')
                 with gr.Row():
