@@ -1,7 +1,7 @@
 """Open the page of sample.py --web in Chromium: time it, take screenshots, and film it for the README.
 
     pip install 'gradio>=6' playwright                  # and Chromium: apt-get install chromium
-    python bench/page.py                                # out/page/*.png, out/page/page.gif
+    python bench/page.py                                # out/page/*.png, and page.gif: copied to out/readme
 """
 import io
 import re
