@@ -29,10 +29,6 @@ def start(ckpt):
     raise extras.UserError('the page does not start')
 
 
-def wait_until_painted(page):
-    page.get_by_text('pixels/s').wait_for(timeout=120_000)
-
-
 def photograph(browser, address, name, size, scheme, folder):
     """Paint four pictures and save a screenshot. Return how long the first pixels take, and all."""
     page = browser.new_page(viewport=dict(zip(('width', 'height'), size)), color_scheme=scheme)
@@ -43,7 +39,7 @@ def photograph(browser, address, name, size, scheme, folder):
     button.click()
     page.wait_for_function(f"document.querySelector('{PAINTING}')?.naturalWidth > 0", polling=20)
     first = time.monotonic() - began
-    wait_until_painted(page)
+    page.get_by_text('pixels/s').wait_for(timeout=120_000)
     total = time.monotonic() - began
     page.screenshot(path=folder / f'{name}_{scheme}.png', full_page=True)
     page.close()
