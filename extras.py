@@ -96,8 +96,7 @@ def parse_pixel(text):
     try:
         return int(pack_rgb(np.minimum(ImageColor.getrgb(text)[:3], 255)))  # Pillow lets rgb(300, 0, 0) pass
     except ValueError:
-        raise UserError(f"--first_pixel {text!r} is no colour: give three hex digits (FEC), a web colour ('#f0e0c0') "
-                        "or 'sample' to draw it from the model") from None
+        raise UserError(f"{text!r} is no colour: give three hex digits (FEC) or a web colour ('#f0e0c0')") from None
 
 # -----------------------------------------------------------------------------
 # saving pictures

@@ -14,6 +14,8 @@ import functools
 import math
 import os
 import random
+import signal
+import socket
 import tempfile
 import threading
 import time
@@ -22,6 +24,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from PIL import UnidentifiedImageError
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -423,6 +426,8 @@ def read_picture(path, size):
         return extras.pack_rgb(extras.load_rgb(path, size)).reshape(-1).astype(np.int64)
     except FileNotFoundError:
         raise UserError(f'no picture {path}') from None
+    except UnidentifiedImageError:
+        raise UserError(f'{path} cannot be read as a picture: try another one') from None
     except Exception as e:  # a damaged file can raise nearly anything
         raise UserError(f'{path} cannot be read as a picture ({extras.brief(e)})') from None
 
@@ -467,6 +472,7 @@ def save_gif(path, images, shape, given, stride, lay_out):
 # the page
 
 PAINTER = threading.Lock()  # paints alone: inference_settings are those of the whole process
+SERVED = threading.Event()  # the server has stopped, and whatever still paints should, too
 
 
 @functools.lru_cache(maxsize=2)
@@ -486,7 +492,7 @@ def paint_live(model, prompts, args, device):
     painted, so_far, closed = [], collections.deque(maxlen=1), threading.Event()
 
     def progress(pixels, images):
-        if closed.is_set():
+        if closed.is_set() or SERVED.is_set():
             raise KeyboardInterrupt  # a thread can only be stopped from inside
         so_far.append([*painted, *images.cpu().numpy()])
 
@@ -531,6 +537,8 @@ def build_page(args, device):
         except (UserError, ValueError) as e:
             raise gr.Error(str(e), print_exception=False) from None
 
+    no_gif = gr.DownloadButton('GIF of the painting', value=None, interactive=False)
+
     # what a painting begins with: prompts, and the picture that they are part of
     def nothing():
         return [[]], None
@@ -543,8 +551,8 @@ def build_page(args, device):
             raise UserError('drop in a picture first')
         try:
             original = read_picture(path, (width, height))
-        except UserError:
-            raise UserError(f'{os.path.basename(path)} cannot be read as a picture: try another one') from None
+        except UserError as e:
+            raise UserError(str(e).replace(path, os.path.basename(path))) from None
         return [original[:rows * width]], original
 
     def lay_out(images, prompts, count, original):
@@ -552,12 +560,15 @@ def build_page(args, device):
         to_come = [np.pad(np.array(prompt, np.int64), (0, height * width - len(prompt)), constant_values=GREY)
                    for prompt in prompts for _ in range(count)]
         images = [*images, *to_come[len(images):]]
-        columns = math.ceil((len(images) + 2 * (original is not None)) ** 0.5)  # with the rows kept, the original
+        cells = len(images) + 2 * (original is not None)  # with the rows kept, the original
+        columns = cells if cells <= 3 else math.ceil(cells ** 0.5)
         return sheet(images, shape, max(1, 560 // (columns * width)), prompts[0], original)
 
     def paint(make_prompts, count, ckpt, seed, temperature, top_k, top_p, *inputs):
         """Paint: yields the sheet as it grows, a line to go below it and, in the end, a GIF of the painting."""
         with mistakes_shown(), tempfile.TemporaryDirectory() as folder:
+            if not 0 <= (seed or 0) <= 2 ** 53:
+                raise UserError('the seed has to be a whole number from 0 to 2 ** 53')
             prompts, original = make_prompts(*inputs)
             model, its_shape, _ = load(ckpt, device)
             if its_shape != shape:
@@ -566,54 +577,60 @@ def build_page(args, device):
             options = argparse.Namespace(num_samples=count, seed=int(seed or 0), temperature=temperature,
                                          top_k=top_k or None, top_p=top_p)
             grow = functools.partial(lay_out, prompts=prompts, count=count, original=original)
+            png, gif = (os.path.join(folder, f'painting_{options.seed}.{ending}') for ending in ('png', 'gif'))
             began = time.monotonic()
             for images in paint_live(model, prompts, options, device):
-                picture = grow(images)
-                yield picture, 'painting ...', None
+                # as a file: Gradio would write a PIL image again although a browser may be reading an equal one
+                extras.save_picture(grow(images), png)
+                yield png, 'painting ...', no_gif
             seconds, known = time.monotonic() - began, len(prompts[0])
             pixels = len(images) * (height * width - known)
-            yield picture, 'making the GIF ...', None
-            gif = os.path.join(folder, f'painting_{options.seed}.gif')
+            yield png, 'making the GIF ...', no_gif
             save_gif(gif, images, shape, known, wave_stride(model.config), grow)
-            yield picture, f'{pixels:,} pixels in {seconds:.1f} s, {pixels / seconds:,.0f} pixels/s', gif
+            line = f'{pixels:,} pixels in {seconds:.1f} s, {pixels / seconds:,.0f} pixels/s'
+            yield png, line, gr.DownloadButton(value=gif, interactive=True)
 
-    @mistakes_shown()
     def preview(path, rows):
         if path is None:
-            return gr.skip()
-        prompts, original = upper_rows(path, rows)
-        return lay_out([], prompts, 0, original)
+            yield gr.skip(), gr.skip(), gr.skip()
+            return
+        with mistakes_shown(), tempfile.TemporaryDirectory() as folder:
+            png = os.path.join(folder, 'preview.png')
+            prompts, original = upper_rows(path, rows)
+            extras.save_picture(lay_out([], prompts, 0, original), png)
+            yield png, '', no_gif
 
     with gr.Blocks(title='A GPT that paints', analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown('# pixelGPT\nA GPT that paints, pixel by pixel: it has read landscapes like texts, '
                     f'{height * width:,} colours in rows, and says which colour comes next.')
         with gr.Row():
-            with gr.Column(scale=3, min_width=300):
+            with gr.Column(min_width=300):
+                with gr.Row():  # above the picture, whose height changes: a button should not run away
+                    stop = gr.Button('Stop', variant='stop', min_width=120)
+                    gif = gr.DownloadButton('GIF of the painting', interactive=False, min_width=120)
                 picture = gr.Image(format='png', show_label=False, interactive=False,
                                    buttons=['download', 'fullscreen'])
                 status = gr.Markdown()
-                gif = gr.DownloadButton('GIF of the painting')
-            with gr.Column(scale=2, min_width=300):
+            with gr.Column(min_width=300):
                 with gr.Tab('Paint'):
                     paint_button = gr.Button('Paint', variant='primary', interactive=model.config.start_embedding)
-                    with gr.Row():  # side by side: an open picker moves what is below it, away from the mouse
-                        colour = gr.ColorPicker('#88aaff', label='first pixel', min_width=120)
-                        from_pixel = gr.Button('Paint from this first pixel', min_width=120)
+                    with gr.Row():  # an open picker is 250 pixels wide, and moves what is below it
+                        from_pixel = gr.Button('Paint from this first pixel', min_width=250)
+                        colour = gr.ColorPicker('#88aaff', label='first pixel', min_width=250)
                 with gr.Tab('Complete'):
                     upload = gr.File(label='any picture', height=120)
                     rows = gr.Slider(1, height - 1, height // 2, step=1, precision=0, label='rows to keep')
                     complete = gr.Button('Complete', variant='primary')
-                with gr.Tab('Same noise, other first pixel'):
+                with gr.Tab('Compare'):
+                    gr.Markdown('The same noise from four first pixels')
                     compare = gr.Button('Paint from each of these', variant='primary')
                     with gr.Row():
-                        colours = [gr.ColorPicker(value, label=f'first pixel {i + 1}', min_width=100)
+                        colours = [gr.ColorPicker(value, label=f'first pixel {i + 1}', min_width=250)
                                    for i, value in enumerate(('#88aaff', '#ff8855', '#447722', '#000022'))]
-                count = gr.Radio([1, 4, 9], value=4, label='pictures')
+                count = gr.Radio([1, 4, 9], value=4, label='pictures to paint or to complete')
                 with gr.Row():
-                    seed = gr.Number(min(args.seed, 2 ** 53), label='seed', precision=0, minimum=0, min_width=120,
-                                     maximum=2 ** 53)  # the largest whole number of JavaScript
+                    seed = gr.Number(min(args.seed, 2 ** 53), label='seed', precision=0, min_width=120)
                     dice = gr.Button('Roll the dice', min_width=120)
-                    stop = gr.Button('Stop', variant='stop', min_width=80)
                 with gr.Accordion('Sampler and checkpoint', open=False):
                     ckpt = gr.Dropdown(checkpoints, value=os.path.normpath(args.ckpt), label='checkpoint')
                     warmth = usual_temperature if args.temperature is None else args.temperature
@@ -631,14 +648,41 @@ def build_page(args, device):
                                                                (complete, 'complete', upper_rows, [upload, rows]),
                                                                (compare, 'compare', first_pixels, colours))]
         hidden = dict(api_visibility='private', show_progress='hidden')
-        stop.click(lambda: 'stopped', None, status, cancels=painters, **hidden)
+        # a little later, after the last picture that was on its way
+        stop.click(lambda: time.sleep(0.5) or 'stopped', None, status, cancels=painters, **hidden)
         dice.click(lambda: random.randrange(10 ** 6), None, seed, **hidden)
         ckpt.input(mistakes_shown()(lambda path: load(path, device)[2]), ckpt, temperature, **hidden)
-        gr.on([upload.upload, rows.input], preview, [upload, rows], picture, trigger_mode='always_last',
-              show_progress='hidden')
+        gr.on([upload.upload, rows.input], preview, [upload, rows], [picture, status, gif], show_progress='hidden',
+              trigger_mode='always_last',  # while a number is typed, rows can be any or none
+              js=f'(file, rows) => [file, Math.min(Math.max(rows, 1), {height - 1})]')
         for picker in (colour, *colours):  # shows the 12-bit colour that a colour becomes; in the browser, at once
             picker.change(None, picker, picker, js="c => c.replace(/^#(.).(.).(.).$/, '#$1$1$2$2$3$3')")
     return page
+
+
+def serve_page(args, device):
+    """Serve the page until Ctrl-C or SIGTERM; nothing of it stays behind. Raises UserError."""
+    try:
+        socket.create_server((args.host, 0)).close()
+    except OSError as e:
+        raise UserError(f'--host {args.host}: {e.strerror or e}: give an address of this machine, '
+                        '127.0.0.1 or 0.0.0.0') from None
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        # here Gradio keeps uploads and copies of pictures, and Matplotlib, which it imports, its settings and fonts
+        tempfile.tempdir = folder
+        os.environ.update(GRADIO_TEMP_DIR=os.path.join(folder, 'gradio'), MPLCONFIGDIR=folder, MPLBACKEND='agg',
+                          GRADIO_RUN_HISTORY='False')  # it would keep pictures in the browser
+        page = build_page(args, device)
+        page.launch(server_name=args.host, share=False, show_error=True, quiet=True, prevent_thread_lock=True,
+                    inbrowser=args.host == '127.0.0.1')
+        print(f'the page is at http://{args.host}:{page.server_port} (Ctrl-C ends it)', flush=True)
+        try:
+            while True:
+                time.sleep(1)
+        except KeyboardInterrupt:
+            SERVED.set()
+            page.close(verbose=False)
 
 
 def main(argv=None):
@@ -676,12 +720,10 @@ def main(argv=None):
         raise UserError('--image gives the first pixel, too: leave out --first_pixel')
     device = extras.pick_device(args.device)
     if args.web:
-        # Gradio keeps uploads and pictures in a folder, and imports matplotlib, which keeps its settings and fonts
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            os.environ.update(GRADIO_TEMP_DIR=folder, MPLCONFIGDIR=folder, MPLBACKEND='agg',
-                              GRADIO_RUN_HISTORY='False')  # it would keep pictures in the browser
-            build_page(args, device).launch(server_name=args.host, share=False, show_error=True,
-                                            inbrowser=args.host == '127.0.0.1')
+        for name in ('first_pixel', 'num_samples', 'image', 'rows', 'out', 'scale', 'gif'):
+            if getattr(args, name) != parser.get_default(name):
+                raise UserError(f'--web has no use for --{name}: the page asks for it')
+        serve_page(args, device)
         return
     stem, ending = os.path.splitext(args.out)
     extras.picture_format(args.out)

@@ -133,6 +133,8 @@ MISTAKES = {
                                'cannot be read as a picture'),
     'all rows kept': ('sample.py --ckpt {ckpt} --image {picture} --rows 16 --out {new}/a.png', '--rows=16'),
     'rows of no picture': ('sample.py --ckpt {ckpt} --rows 8', 'name the picture with --image'),
+    'a page for an address elsewhere': ('sample.py --ckpt {ckpt} --web --host 192.0.2.1', 'an address of this machine'),
+    'an option that the page asks for': ('sample.py --ckpt {ckpt} --web --first_pixel F85', 'no use for --first_pixel'),
     'a picture and a first pixel': ('sample.py --ckpt {ckpt} --image {picture} --first_pixel FEC',
                                     'leave out --first_pixel'),
     'an animation over its sheet': ('sample.py --ckpt {ckpt} --gif --out {new}/a.gif',

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from importlib.util import find_spec
 
@@ -42,7 +43,7 @@ def serving(command, cwd):
         yield address[0], process.pid
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(20)
+        assert process.wait(15) == 0
     assert sorted(cwd.iterdir()) == before and list(scratch.iterdir()) == []  # nothing stays behind
 
 
@@ -98,8 +99,33 @@ def test_the_page_paints_what_the_command_paints(client, trained, tmp_path, firs
         picture, line, gif = client.predict(*web, api_name='/paint')
     call('sample.py', *shell, '--scale', 17, '--gif', '--out', tmp_path / 'a.png')
     assert np.array_equal(pixels(picture), pixels(tmp_path / 'a.png'))
-    assert open(gif, 'rb').read() == (tmp_path / 'a.gif').read_bytes()
+    assert open(gif['value'], 'rb').read() == (tmp_path / 'a.gif').read_bytes()
     assert re.fullmatch(r'1,02[04] pixels in [\d.]+ s, [\d,]+ pixels/s', line)
+
+
+@needs_gradio
+def test_a_picture_that_a_browser_may_be_reading_is_not_written_again(client, trained, tmp_path_factory):
+    web, _ = settings(trained, 11)
+    first, _, _ = client.predict(*web, api_name='/paint')
+    served = [path for path in tmp_path_factory.getbasetemp().glob('scratch_*/*/gradio/*/painting_11.png')
+              if path.read_bytes() == open(first, 'rb').read()]
+    assert len(served) == 1
+    served[0].write_bytes(b'half of it')
+    again, _, _ = client.predict(*web, api_name='/paint')
+    assert open(again, 'rb').read() == b'half of it'
+
+
+@needs_gradio
+def test_ends_in_the_middle_of_a_painting(tmp_path):
+    from gradio_client import Client
+    folder = tmp_path / 'web'
+    folder.mkdir()
+    checkpoint = ROOT / 'out' / 'ckpt6000.pt'
+    with serving(command('sample.py', '--ckpt', checkpoint, '--web'), folder) as (address, _):
+        job = Client(address, verbose=False).submit(9, str(checkpoint), 1, 1, 0, 1, api_name='/paint')
+        while len(job.outputs()) < 3:
+            assert not job.done()
+            time.sleep(0.05)
 
 
 @needs_gradio
@@ -108,7 +134,8 @@ def test_the_page_completes_what_the_command_completes(client, trained, data, tm
     original = extras.load_tokens(str(data), 'val', extras.load_meta(str(data)))[0].reshape(16, 16)
     extras.save_bmp(original, tmp_path / 'photo.png')
     upload = handle_file(tmp_path / 'photo.png')
-    kept, before = cells(client.predict(upload, 5, api_name='/preview'), 2, 2, 272)
+    png, _, _ = client.predict(upload, 5, api_name='/preview')
+    kept, before = cells(png, 2, 2, 272)
     assert (kept[:5] == original[:5]).all() and (kept[5:] == 0x666).all() and (before == original).all()
     web, shell = settings(trained, count=4)
     png, _, _ = client.predict(*web, upload, 5, api_name='/complete')
@@ -165,6 +192,10 @@ def test_mistakes_are_told_on_the_page(client, trained, tmp_path):
                          ('/complete', [*web, handle_file(tmp_path / 'photo.jpg'), 5])):
         with pytest.raises(AppError, match='^photo.jpg cannot be read as a picture: try another one$'):
             client.predict(*inputs, api_name=name)
+    with pytest.raises(AppError, match='the seed has to be a whole number'):
+        client.predict(*web[:2], -5, *web[3:], api_name='/paint')
+    with pytest.raises(AppError, match="^'' is no colour"):
+        client.predict(*web, '', api_name='/from_pixel')
     with pytest.raises(AppError, match='drop in a picture first'):
         client.predict(*web, None, 5, api_name='/complete')
     with pytest.raises(AppError, match='no checkpoint nonsense.pt|not in the list of choices'):
@@ -204,6 +235,8 @@ def test_in_a_browser(tmp_path):
         # a first pixel, of 12 bits; the picture changes while it is painted
         page.get_by_label('1', exact=True).check()
         page.locator('.dialog-button').first.click()
+        page.get_by_role('button', name='HSL').click()  # the far end of an open picker can be reached
+        page.get_by_role('button', name='Hex').click()
         page.locator('input[type=text]').first.fill('#123456')
         page.keyboard.press('Enter')
         page.get_by_role('button', name='Paint from this first pixel').click()
@@ -222,7 +255,7 @@ def test_in_a_browser(tmp_path):
         before = painting()
         page.get_by_role('button', name='Stop').click()
         status('stopped')
-        page.wait_for_timeout(300)
+        page.wait_for_timeout(1000)
         stopped = painting()
         page.wait_for_timeout(1000)
         assert painting() == stopped and page.get_by_text('stopped').count()
@@ -240,7 +273,10 @@ def test_in_a_browser(tmp_path):
             page.get_by_role('button', name='Complete', exact=True).click()
             changes(preview)
             status('256 pixels in')
+            page.get_by_label('number input for rows to keep').fill('')  # while another number is typed
+            page.get_by_label('number input for rows to keep').fill('60')
             page.get_by_label('Clear').first.click()
+        assert not page.get_by_text('Could not preprocess').count() and not page.get_by_text('less than minimum').count()
         page.locator('input[type=file]').first.set_input_files(tmp_path / 'none.jpg')
         page.get_by_text('none.jpg cannot be read as a picture').wait_for(timeout=10_000)
         assert [url for url in elsewhere if not url.startswith(('http://127.0.0.1', 'data:', 'blob:'))] == []
