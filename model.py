@@ -45,13 +45,12 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = False  # in the linear and norm layers of the blocks; without them it is a little better and faster
     start_embedding: bool = True  # False: the first pixel is given and never predicted, as in nanoGPT
-    # two dimensions; all but n_colour and factorised_colours need the start embedding
+    # two dimensions; all but n_colour need the start embedding
     width: int = 64  # pixels of a row
     row_column_positions: bool = False  # an embedding of the row plus one of the column, not one of each position
     neighbours: int = 0  # how many known pixels around the predicted one go through a small MLP into the first block
     relative_neighbours: bool = False  # the MLP also reads by how much those of them that touch differ, as numbers
     n_colour: int = 0  # dimension of a colour's embedding, projected to n_embd and back for the head (0: n_embd)
-    factorised_colours: bool = False  # a colour's vector is its own plus one for each of its red, green and blue levels
     relative_colours: bool = False  # logits also depend on how much each channel differs from the left and upper pixel
     relative_chroma: bool = False  # ... and on how much red - green and blue - green do
     attention: str = 'full'  # of the layers, in turn: full, local (its row and the one above) or column: 'local column'
@@ -94,9 +93,8 @@ class GPTConfig:
             raise ValueError(f'neighbours={self.neighbours}: relative_neighbours needs some that touch, give 3 or more')
         if self.relative_chroma and not self.relative_colours:
             raise ValueError('relative_chroma needs relative_colours=True')
-        relative = self.relative_neighbours or self.relative_colours
-        if (self.factorised_colours or relative) and self.vocab_size != LEVELS ** 3:
-            raise ValueError(f'vocab_size={self.vocab_size}: factorised and relative colours need {LEVELS ** 3}')
+        if (self.relative_neighbours or self.relative_colours) and self.vocab_size != LEVELS ** 3:
+            raise ValueError(f'vocab_size={self.vocab_size}: relative colours and neighbours need {LEVELS ** 3}')
         if self.block_size % self.pad_to:
             raise ValueError(f'{self.block_size} pixels have to be whole rows of {self.width}')
 
@@ -162,8 +160,8 @@ class CausalSelfAttention(nn.Module):
 
 def without(y, own):
     """Return vectors y (..., hs) without their parts along the vectors own (..., hs)."""
-    own = F.normalize(own, dim=-1)
-    return y - (y * own).sum(-1, keepdim=True) * own
+    share = (y * own).sum(-1, keepdim=True) / (own.square().sum(-1, keepdim=True) + 1e-12)
+    return y - share * own
 
 
 class MLP(nn.Module):
@@ -260,8 +258,6 @@ class GPT(nn.Module):
             self.transformer['wpe'] = nn.Embedding(c.block_size, c.n_embd)
         if c.neighbours:
             self.transformer['stem'] = Stem(c)
-        if c.factorised_colours:
-            self.transformer['wle'] = nn.Embedding(3 * LEVELS, D)  # red, green and blue levels
         self.lm_head = nn.Linear(D, c.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied: a colour has one vector, read and written
         self.transformer['up'] = nn.Linear(D, c.n_embd, bias=False) if c.n_colour else nn.Identity()
@@ -278,9 +274,6 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) if name.endswith('c_proj.weight') else 0.02)
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
-        if c.factorised_colours:  # a sum of four, 0.02 together
-            nn.init.normal_(self.transformer.wte.weight, std=0.01)
-            nn.init.normal_(self.transformer.wle.weight, std=0.01)
         if c.n_colour:  # keeps the variance
             for layer in (self.transformer.up, self.down):
                 nn.init.normal_(layer.weight, std=layer.in_features ** -0.5)
@@ -291,14 +284,6 @@ class GPT(nn.Module):
         """Return the number of parameters without the positions, as nanoGPT counts."""
         positions = ('transformer.wpe', 'transformer.wre', 'transformer.wce')
         return sum(p.numel() for name, p in self.named_parameters() if not name.startswith(positions))
-
-    def colours(self):
-        """Return the embedding of each colour, which the head uses too, (V, D)."""
-        table = self.transformer.wte.weight
-        if self.config.factorised_colours:
-            red, green, blue = self.transformer.wle.weight.view(3, LEVELS, -1)
-            table = table + (red[:, None, None] + green[:, None] + blue).flatten(0, 2)
-        return table
 
     def positions(self):
         """Return the embedding of each position, (block_size, C)."""
@@ -329,7 +314,7 @@ class GPT(nn.Module):
         """
         c, h, T = self.config, self.transformer, tokens.size(1)
         tokens = F.pad(tokens, (0, -T % c.pad_to))  # with zeros after the real pixels, which do not see them
-        colours = self.colours()
+        colours = h.wte.weight  # the head's, too
         x = h.up(F.embedding(tokens, colours))
         if c.start_embedding:  # the input is the pixel before; the start at the first position, with reach of every row
             rows = x.unflatten(1, (-1, c.width if c.reach else x.size(1)))

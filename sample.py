@@ -164,7 +164,7 @@ class Decoder:
         self.model, self.B, self.N, self.width, self.views = model, B, N, W, views
         self.stride = wave_stride(c)
         # weights, as plain functions where that is faster: for few pixels, calling a module takes longer than its work
-        colours = model.colours()
+        colours = model.lm_head.weight
         wte = h.up(colours)
         self.wte = torch.cat((wte, h.wse.weight if c.start_embedding else wte[:1]))  # (V + 1, C); the last: the start
         self.positions, self.ln_f, self.head = model.positions(), layer_norm(h.ln_f), product(colours)

@@ -54,7 +54,6 @@ class TrainConfig:
     neighbours: int = key(0, 'how many of the nearest known pixels (24 at most) a small MLP feeds into the first block')
     relative_neighbours: bool = key(False, 'the MLP also reads by how much neighbours that touch differ, as numbers')
     n_colour: int = key(0, 'dimension of the colour embeddings, projected to n_embd and back (0: n_embd)', '0 or more')
-    factorised_colours: bool = key(False, "a colour's embedding is its own plus those of its levels of each channel")
     relative_colours: bool = key(False, 'the head also scores how far each channel is from the left and upper pixel')
     relative_chroma: bool = key(False, '... and how far red - green and blue - green are')
     attention: str = key('full', 'what the layers attend to, in turn: all earlier pixels (full), the same row and the '

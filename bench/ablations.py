@@ -17,7 +17,6 @@ INGREDIENTS = {
     'row + column positions': ('--row_column_positions=True', '--row_column_positions=False'),
     '12 neighbours': ('--neighbours=12', '--neighbours=0'),
     'relative neighbours': ('--relative_neighbours=True', '--relative_neighbours=False'),
-    'factorised colours': ('--factorised_colours=True', '--factorised_colours=False'),
     'small colours': ('--n_colour=32', '--n_colour=0'),
     'relative colours': ('--relative_colours=True', '--relative_colours=False'),
     'relative chroma': ('--relative_chroma=True', '--relative_chroma=False'),

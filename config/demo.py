@@ -9,7 +9,6 @@ n_colour = 32
 row_column_positions = True
 neighbours = 12
 relative_neighbours = True
-factorised_colours = True
 relative_colours = True
 attention = 'local column'
 reach = 6

@@ -9,7 +9,6 @@ n_colour = 32  # a colour's vector; 1.2M parameters, all told
 row_column_positions = True
 neighbours = 12  # up to two rows above and two columns aside
 relative_neighbours = True  # worth a tenth of a bit
-factorised_colours = True
 relative_colours = True
 relative_chroma = True
 attention = 'local column'  # in turn; a fraction of the time and the cache that full attention takes

@@ -10,7 +10,6 @@ n_embd = 128  # 1.9M parameters, all told
 n_colour = 32  # small vectors for the colours leave parameters for eight layers
 row_column_positions = True
 neighbours = 12  # up to two rows above and two columns aside
-factorised_colours = True
 relative_colours = True
 attention = 'local column'  # in turn
 reach = 6  # so that pixels along a diagonal do not depend on each other; costs 0.02 bits

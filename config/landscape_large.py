@@ -10,7 +10,6 @@ n_embd = 256  # 7.2M parameters
 n_colour = 64
 row_column_positions = True
 neighbours = 12
-factorised_colours = True
 relative_colours = True
 attention = 'local column'
 reach = 6

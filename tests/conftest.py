@@ -31,8 +31,8 @@ TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--learning_rate=3e-3', '--w
         '--log_interval=5', '--num_samples=2', '--device=cpu', '--dtype=float32']
 # what the recommended config switches on
 RECOMMENDED = ['--row_column_positions=True', '--neighbours=12', '--relative_neighbours=True', '--n_colour=16',
-               '--factorised_colours=True', '--relative_colours=True', '--relative_chroma=True',
-               '--attention=local column', '--alibi=True', '--exclusive=True', '--muon_lr=0.02']
+               '--relative_colours=True', '--relative_chroma=True', '--attention=local column', '--alibi=True',
+               '--exclusive=True', '--muon_lr=0.02']
 
 
 def command(script, *args):
