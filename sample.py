@@ -606,7 +606,7 @@ def build_page(args, device):
         with gr.Row():
             with gr.Column(min_width=300):
                 with gr.Row():  # above the picture, whose height changes: a button should not run away
-                    stop = gr.Button('Stop', variant='stop', min_width=120)
+                    stop = gr.Button('Stop', min_width=120)
                     gif = gr.DownloadButton('GIF of the painting', interactive=False, min_width=120)
                 picture = gr.Image(format='png', show_label=False, interactive=False,
                                    buttons=['download', 'fullscreen'])

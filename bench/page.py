@@ -48,7 +48,7 @@ def photograph(browser, address, name, size, scheme, folder):
 
 def film(browser, address, colours):
     """Return screenshots of four pictures being painted from each of the colours, and when each was taken."""
-    page = browser.new_page(viewport=dict(width=1100, height=660))
+    page = browser.new_page(viewport=dict(width=1100, height=690))
     page.goto(address)
     shots, times = [], []
 
