@@ -7,11 +7,12 @@ start embedding stands before the first pixel, so that every pixel is predicted,
     input       start  pixel 0 pixel 1  ... pixel 4094
     predicts   pixel 0 pixel 1 pixel 2  ... pixel 4095
 
-What lets it see in two dimensions are switches of GPTConfig, all off by default: then it is nanoGPT's model. The model
-comes first, then its loss and Muon. sample.py paints with the same layers, a few pixels at a time.
+What lets it see in two dimensions are switches of GPTConfig, all off by default: then it is nanoGPT's model with that
+embedding. The model comes first, then its loss and Muon. sample.py paints with the same layers, a few pixels at a time.
 
-Shapes: B images, T pixels, P positions (T with the start embedding, else T - 1), C = n_embd, nh = n_head, hs = C / nh,
-V = vocab_size, K = neighbours, D = n_colour or C, L = 48 (or 110) levels and differences of levels.
+Shapes: B images, T pixels, P positions (T with the start embedding, else T - 1; in the layers padded to whole rows),
+C = n_embd, nh = n_head, hs = C / nh, V = vocab_size, K = neighbours, D = n_colour or C, L = 48 (or 110) levels and
+differences of levels.
 """
 import math
 from contextlib import nullcontext
@@ -26,12 +27,12 @@ from torch.nn import functional as F
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 LEVELS = 16  # of a channel: a colour is red * 256 + green * 16 + blue
-RGB = torch.cartesian_prod(*[torch.arange(LEVELS)] * 3)  # the levels of each colour, (V, 3)
-# red, green, blue, red - green and blue - green: the channels of a photograph change together, their differences hardly
-VALUES = torch.cat((RGB, RGB[:, [0, 2]] - RGB[:, 1:2]), dim=1)  # (V, 5)
+red, green, blue = torch.cartesian_prod(*[torch.arange(LEVELS)] * 3).unbind(1)  # the levels of each colour, (V,)
+# the channels of a photograph change together, their differences hardly
+VALUES = torch.stack((red, green, blue, red - green, blue - green), dim=1)  # (V, 5)
 # known pixels around the predicted one as (row, column) from it, the nearest first: left, above, ...
 NEIGHBOURS = sorted(((row, column) for row in range(-3, 1) for column in range(-3, 4) if (row, column) < (0, 0)),
-                    key=lambda at: (at[0] ** 2 + at[1] ** 2, -at[0], abs(at[1]), at[1]))
+                    key=lambda at: (at[0] ** 2 + at[1] ** 2, -at[0], at[1]))
 
 
 @dataclass
@@ -45,7 +46,7 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = False  # in the linear and norm layers of the blocks; without them it is a little better and faster
     start_embedding: bool = True  # False: the first pixel is given and never predicted, as in nanoGPT
-    # two dimensions; all but n_colour need the start embedding
+    # two dimensions; all but n_colour and exclusive need the start embedding
     width: int = 64  # pixels of a row
     row_column_positions: bool = False  # an embedding of the row plus one of the column, not one of each position
     neighbours: int = 0  # how many known pixels around the predicted one go through a small MLP into the first block
@@ -93,8 +94,6 @@ class GPTConfig:
             raise ValueError(f'neighbours={self.neighbours}: relative_neighbours needs some that touch, give 3 or more')
         if self.relative_chroma and not self.relative_colours:
             raise ValueError('relative_chroma needs relative_colours=True')
-        if (self.relative_neighbours or self.relative_colours) and self.vocab_size != LEVELS ** 3:
-            raise ValueError(f'vocab_size={self.vocab_size}: relative colours and neighbours need {LEVELS ** 3}')
         if self.block_size % self.pad_to:
             raise ValueError(f'{self.block_size} pixels have to be whole rows of {self.width}')
 
@@ -102,10 +101,10 @@ class GPTConfig:
 class CausalSelfAttention(nn.Module):
     """Attention over all earlier positions (full), those of its row and the one above (local), or those of its column.
 
-    Strided attention as in the Sparse Transformer (Child et al. 2019, arXiv 1904.10509), by reshaping into shorter
-    sequences: rows or columns. ALiBi (Press et al. 2021, arXiv 2108.12409) subtracts slope * Manhattan distance from a
-    score, with slopes eight times the paper's: distances here are rows and columns, not thousands of tokens. Exclusive
-    attention (Zhai 2026, arXiv 2603.09078) leaves out the part of the output along a position's own value.
+    Strided attention as in the Sparse Transformer (Child et al. 2019, arXiv 1904.10509), by reshaping an image into a
+    sequence for each row or column. ALiBi (Press et al. 2021, arXiv 2108.12409) subtracts slope * Manhattan distance
+    from a score, with slopes eight times the paper's: distances here are rows and columns, not thousands of tokens.
+    Exclusive attention (Zhai 2026, arXiv 2603.09078) leaves out the part of the output along a position's own value.
     """
 
     def __init__(self, config, kind):
@@ -115,9 +114,8 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head, self.dropout, self.exclusive = config.n_head, config.dropout, config.exclusive
         self.kind, self.width = kind, config.width
-        if kind == 'full':
-            self.mask = None  # causal
-        else:  # (1, nh, length, keys), added to the scores; with fewer dimensions a CPU takes a slow path
+        mask = None  # full attention is causal without one
+        if kind != 'full':  # (1, nh, length, keys), added to the scores; with fewer dimensions a CPU takes a slow path
             length = self.width if kind == 'local' else config.block_size // self.width
             away = torch.arange(length)[:, None] - torch.arange(length)  # (length, length), below 0 what comes later
             distance, seen = away.abs(), away >= 0
@@ -126,13 +124,10 @@ class CausalSelfAttention(nn.Module):
                 distance, seen = torch.cat((distance + 1, distance), dim=1), torch.cat((above, seen), dim=1)
             slopes = 8 * 0.5 ** (8 / config.n_head * torch.arange(1, config.n_head + 1)) * config.alibi  # 0 without
             mask = torch.where(seen, -slopes[None, :, None, None] * distance, -math.inf)
-            self.register_buffer('mask', mask, persistent=False)
+        self.register_buffer('mask', mask, persistent=False)
 
     def forward(self, x, kv=None):
-        """(B, P, C) -> (B, P, C). kv: a list that gets keys and values, (2, B * sequences, nh, length, hs).
-
-        An image is one sequence of P positions (full), a sequence for each row (local) or for each column (column).
-        """
+        """(B, P, C) -> (B, P, C). kv: a list that gets keys and values, (2, B * sequences, nh, length, hs)."""
         B, P, C = x.size()
         if self.kind == 'column':
             x = x.view(B, -1, self.width, C).transpose(1, 2)  # (B, width, height, C)
@@ -203,19 +198,18 @@ class Stem(nn.Module):
             at = torch.tensor(NEIGHBOURS[:config.neighbours])
             touch = (at[:, None] - at).abs().sum(-1).triu() == 1
             self.register_buffer('touching', touch.nonzero().t().contiguous(), persistent=False)  # (2, pairs)
-            self.register_buffer('values', F.pad(VALUES, (0, 0, 0, 1), value=99), persistent=False)  # (V + 1, 5)
-            # a difference d as five numbers, in row 31 + d: itself, its size, on two curved scales, and whether it is 0
-            d = torch.arange(-31.0, 32)[:, None]
+            self.register_buffer('values', F.pad(VALUES, (0, 0, 0, 1), value=46), persistent=False)  # (V + 1, 5)
+            # a difference d as five numbers, in row 61 + d: itself, its size, on two curved scales, and whether it is 0
+            d = torch.arange(-61.0, 62)[:, None]
             numbers = torch.cat((d / 4, d.abs() / 4, (d / 1.5).tanh(), (d / 5).tanh(), (d == 0).float()), dim=1)
-            numbers[[0, -1]] = 0  # colours differ by 30 at most; 31 is beside a pixel outside the image
+            numbers *= d.abs() <= 30  # colours differ by no more; from 46, outside the image, it is 31 to 61
             self.register_buffer('numbers', numbers, persistent=False)
             self.c_diff = nn.Linear(int(touch.sum()) * 5 * 5, 2 * config.n_embd, bias=False)
 
     def differences(self, neighbours):
         """Tokens of the neighbours (..., K) -> how far apart those are that touch, (..., pairs * 5 * 5)."""
         first, second = (F.embedding(neighbours.index_select(-1, i), self.values) for i in self.touching)
-        difference = (first - second).clamp(-31, 31)  # (..., pairs, 5)
-        return F.embedding(difference + 31, self.numbers).flatten(-3)
+        return F.embedding(first - second + 61, self.numbers).flatten(-3)  # from (..., pairs, 5, 5)
 
     def table(self, colours):
         """Return c_fc's product for colours (V + 1, D) as each neighbour, ((V + 1) * K, 2C): row colour * K + k."""
@@ -263,8 +257,8 @@ class GPT(nn.Module):
         self.transformer['up'] = nn.Linear(D, c.n_embd, bias=False) if c.n_colour else nn.Identity()
         self.down = nn.Linear(c.n_embd, D, bias=False) if c.n_colour else nn.Identity()
         if c.relative_colours:
-            score_index, pairs, scores = relative_tables(c.relative_chroma)
-            self.rel_head = nn.Linear(c.n_embd, 2 * scores)  # beside the left and beside the upper pixel
+            score_index, pairs, n_scores = relative_tables(c.relative_chroma)
+            self.rel_head = nn.Linear(c.n_embd, 2 * n_scores)  # beside the left and beside the upper pixel
             self.register_buffer('score_index', score_index, persistent=False)
             self.register_buffer('pairs', pairs, persistent=False)
 
@@ -300,33 +294,28 @@ class GPT(nn.Module):
         return torch.stack(shifted, dim=-1).flatten(1, 2)
 
     def pair_scores(self, scores, neighbours):
-        """Scores of rel_head and neighbours (..., 2 or more) -> scores of pairs of levels, (..., 512).
-
-        A pair's score is the sum over its components and over the left and the upper pixel.
-        """
+        """Scores of rel_head, neighbours (..., 2 or more) -> scores of pairs of levels, (..., 512)."""
         index = F.embedding(neighbours[..., :2], self.score_index)  # (..., 2, L)
-        return F.linear(scores.unflatten(-1, (2, -1)).gather(-1, index).sum(-2), self.pairs)
+        return F.linear(scores.unflatten(-1, (2, -1)).gather(-1, index).sum(-2), self.pairs)  # left plus upper pixel
 
     def features(self, tokens, kv=None):
-        """The first T pixels of images (B, T) -> inputs of head_logits: (B, P, D or D + 512) and (V, D).
+        """The first T pixels of images (B, T) -> inputs of head_logits for the last P of them, (B, P, D or D + 512).
 
-        The last P pixels are predicted, each from those before it. kv as in CausalSelfAttention.
+        Each comes from the pixels before it. kv as in CausalSelfAttention.
         """
         c, h, T = self.config, self.transformer, tokens.size(1)
         tokens = F.pad(tokens, (0, -T % c.pad_to))  # with zeros after the real pixels, which do not see them
-        colours = h.wte.weight  # the head's, too
-        x = h.up(F.embedding(tokens, colours))
-        if c.start_embedding:  # the input is the pixel before; the start at the first position, with reach of every row
+        x = h.up(h.wte(tokens))
+        if c.start_embedding:  # the input is the pixel before; the start comes first, with reach in every row
             rows = x.unflatten(1, (-1, c.width if c.reach else x.size(1)))
             start = h.wse.weight.expand(*rows.shape[:2], 1, -1)
             x = torch.cat((start, rows[:, :, :-1]), dim=2).flatten(1, 2)
         else:
             x = x[:, :-1]
         x = x + self.positions()[:x.size(1)]
-        if c.neighbours or c.relative_colours:
-            neighbours = self.neighbours(tokens)
+        neighbours = self.neighbours(tokens) if c.neighbours or c.relative_colours else None
         if c.neighbours:
-            x = x + h.stem(neighbours[..., :c.neighbours], F.pad(colours, (0, 0, 0, 1)))  # zeros outside the image
+            x = x + h.stem(neighbours[..., :c.neighbours], F.pad(h.wte.weight, (0, 0, 0, 1)))  # zeros outside
         x = h.drop(x)
         for block in h.h:
             x = block(x, kv)
@@ -334,27 +323,25 @@ class GPT(nn.Module):
         inputs = self.down(x)
         if c.relative_colours:
             inputs = torch.cat((inputs, self.pair_scores(self.rel_head(x), neighbours)), dim=-1)
-        return inputs[:, :T - 1 + c.start_embedding], colours  # without the padding
+        return inputs[:, :T - 1 + c.start_embedding]  # without the padding
 
     def logits(self, tokens):
         """The first T pixels of images (B, T) -> logits (B, P, V) of the last P, each from earlier pixels only."""
-        return head_logits(*self.features(tokens))
+        return head_logits(self.features(tokens), self.lm_head.weight)
 
     def forward(self, tokens):
         """The first T pixels of images (B, T) -> the loss alone: mean cross-entropy of the last P in nats."""
-        x, weight = self.features(tokens)
+        x, weight = self.features(tokens), self.lm_head.weight
         x, targets = x.flatten(0, 1), tokens[:, -x.size(1):].flatten()
         if x.is_cuda:  # has memory to spare, and torch.compile makes one kernel of softmax and gradient
             return F.cross_entropy(head_logits(x, weight), targets)
         return HeadLoss.apply(x, weight, targets)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, muon_lr=0.0):
-        """Return [AdamW] as in nanoGPT, without weight decay of gains and biases; with muon_lr [AdamW, Muon].
-
-        Muon takes the matrices between embeddings and head, and rel_head. AdamW is fused on CUDA.
-        """
-        inner = ('transformer.h.', 'transformer.stem.', 'transformer.up.', 'down.', 'rel_head.')
-        matrices = [p for name, p in self.named_parameters() if muon_lr and p.dim() == 2 and name.startswith(inner)]
+        """Return [AdamW] as in nanoGPT, without weight decay of gains and biases; with muon_lr [AdamW, Muon]."""
+        # Muon takes all matrices but the embeddings: wte, which is the head's, too, wse, wpe, wre and wce
+        matrices = [p for name, p in self.named_parameters()
+                    if muon_lr and p.dim() == 2 and not name.startswith('transformer.w')]
         rest = [p for p in self.parameters() if all(p is not matrix for matrix in matrices)]
         groups = [{'params': [p for p in rest if p.dim() >= 2], 'weight_decay': weight_decay},
                   {'params': [p for p in rest if p.dim() < 2], 'weight_decay': 0.0}]
@@ -374,20 +361,19 @@ def relative_tables(chroma):
     93 scores in all, with chroma 215. L = 48 or 110 counts the n.
         score_index (V + 1, L): row t tells which score each of the n gets beside colour t. Outside the image, t = V,
             all n get the same one, which softmax ignores
-        pairs (512, L): 1 where a pair of red and green, or of green and blue, has that value. Red and red - green are
-            a matter of the former, the others of the latter
+        pairs (512, L): 1 where a pair of red and green (for red, red - green) or green and blue (others) has that value
     """
     values = VALUES[:, :5 if chroma else 3]
-    score_index, pairs, scores = [], [], 0
+    score_index, pairs, n_scores = [], [], 0
     for i, value in enumerate((values - values.amin(0)).unbind(1)):
         n = int(value.max()) + 1
         difference = torch.arange(n) - value[:, None]  # (V, n)
-        score_index.append(scores + F.pad(difference + n - 1, (0, 0, 0, 1)))
-        scores += 2 * n - 1
+        score_index.append(n_scores + F.pad(difference + n - 1, (0, 0, 0, 1)))
+        n_scores += 2 * n - 1
         one_hot = F.one_hot(value).view(LEVELS, LEVELS, LEVELS, n).float()
         red_green, green_blue = one_hot[:, :, 0], one_hot[0]
         pairs.append(torch.stack((red_green, 0 * red_green) if i in (0, 3) else (0 * green_blue, green_blue)))
-    return torch.cat(score_index, dim=1), torch.cat(pairs, dim=-1).flatten(0, 2), scores
+    return torch.cat(score_index, dim=1), torch.cat(pairs, dim=-1).flatten(0, 2), n_scores
 
 
 def head_logits(x, weight):
@@ -412,8 +398,8 @@ class HeadLoss(torch.autograd.Function):
     """Mean cross-entropy of head_logits(x, weight) against targets (n,), without (n, V) logits.
 
     x is (n, D or D + 512), weight (V, D). Chunks of rows go through the head, the softmax and the gradients of both
-    while they are in the cache of a CPU: as many matrix products as usual, in a fraction of the memory. x and weight
-    need gradients both or not at all.
+    while they are in the cache of a CPU: as many matrix products as usual, in a fraction of the memory. Both gradients
+    are computed if x needs one.
     """
 
     @staticmethod
@@ -467,8 +453,8 @@ class Muon(torch.optim.Optimizer):
             together = {}
             for p, update in zip(params, updates):
                 together.setdefault(min(p.shape), []).append((p, update if p.size(0) <= p.size(1) else update.t()))
-            for pairs in together.values():
-                for (p, _), o in zip(pairs, orthogonalise([update for _, update in pairs])):
+            for members in together.values():
+                for (p, _), o in zip(members, orthogonalise([update for _, update in members])):
                     rate = group['lr'] * max(1, p.size(0) / p.size(1)) ** 0.5
                     p.add_(o if p.size(0) <= p.size(1) else o.t(), alpha=-rate)
 

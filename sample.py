@@ -79,8 +79,8 @@ def generate(model, tokens, max_new_tokens=None, *, temperature=1.0, top_k=None,
 def plain_loop(model, images, seeds, draw, first):
     """Paint images (B, N) from pixel first on, one pixel after the other. Yields the number of pixels just painted."""
     for i in range(first, images.size(1)):
-        x, weight = model.features(images[:, :i + 1])  # the model does not see pixel i itself, which it predicts
-        logits = head_logits(x[:, -1], weight)
+        x = model.features(images[:, :i + 1])  # the model does not see pixel i itself, which it predicts
+        logits = head_logits(x[:, -1], model.lm_head.weight)
         noise = gumbel_noise(seeds, torch.tensor([i], device=images.device), logits.size(-1))
         images[:, i] = draw(logits, noise[0])
         yield 1

@@ -47,8 +47,7 @@ def best_of(times, function, device):
 
 def one_pixel(model, images):
     """Return the logits of the next pixel from all earlier ones, without a cache."""
-    x, weight = model.features(images)
-    return head_logits(x[:, -1], weight)
+    return head_logits(model.features(images)[:, -1], model.lm_head.weight)
 
 
 @torch.inference_mode()
