@@ -472,7 +472,6 @@ def save_gif(path, images, shape, given, stride, lay_out):
 # the page
 
 PAINTER = threading.Lock()  # paints alone: inference_settings are those of the whole process
-SERVED = threading.Event()  # the server has stopped, and whatever still paints should, too
 
 
 @functools.lru_cache(maxsize=2)
@@ -492,7 +491,7 @@ def paint_live(model, prompts, args, device):
     painted, so_far, closed = [], collections.deque(maxlen=1), threading.Event()
 
     def progress(pixels, images):
-        if closed.is_set() or SERVED.is_set():
+        if closed.is_set():
             raise KeyboardInterrupt  # a thread can only be stopped from inside
         so_far.append([*painted, *images.cpu().numpy()])
 
@@ -608,8 +607,7 @@ def build_page(args, device):
                 with gr.Row():  # above the picture, whose height changes: a button should not run away
                     stop = gr.Button('Stop', min_width=120)
                     gif = gr.DownloadButton('GIF of the painting', interactive=False, min_width=120)
-                picture = gr.Image(format='png', show_label=False, interactive=False,
-                                   buttons=['download', 'fullscreen'])
+                picture = gr.Image(show_label=False, interactive=False, buttons=['download', 'fullscreen'])
                 status = gr.Markdown()
             with gr.Column(min_width=300):
                 with gr.Tab('Paint'):
@@ -681,7 +679,7 @@ def serve_page(args, device):
             while True:
                 time.sleep(1)
         except KeyboardInterrupt:
-            SERVED.set()
+            page.server.force_exit = True  # without waiting for visitors, who may still listen
             page.close(verbose=False)
 
 

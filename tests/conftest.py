@@ -125,3 +125,7 @@ def trained(data, tmp_path_factory):
     args = [*TINY, '--max_iters=20', '--eval_interval=10', '--average=0.2']
     call('train.py', *args, f'--data_dir={data}', f'--out_dir={folder}')
     return folder
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: 'test_web' not in item.nodeid)  # the page's tests take longest, and mostly wait: first
