@@ -211,21 +211,9 @@ class Stem(nn.Module):
         first, second = (F.embedding(neighbours.index_select(-1, i), self.values) for i in self.touching)
         return F.embedding(first - second + 61, self.numbers).flatten(-3)  # from (..., pairs, 5, 5)
 
-    def table(self, colours):
-        """Return c_fc's product for colours (V + 1, D) as each neighbour, ((V + 1) * K, 2C): row colour * K + k."""
-        weight = self.c_fc.weight.view(len(self.c_fc.weight), -1, colours.size(1))  # (2C, K, D)
-        return (colours @ weight.permute(2, 1, 0).flatten(1)).view(-1, len(weight))
-
     def forward(self, neighbours, colours):
         """Tokens of the neighbours (B, P, K) and embeddings of the colours (V + 1, D) -> (B, P, C)."""
-        B, P, K = neighbours.shape
-        # a CPU looks up the products of c_fc, where there are more pixels than colours to multiply; a GPU multiplies
-        if B * P > 2 * len(colours) and not neighbours.is_cuda:
-            rows = neighbours * K + torch.arange(K, device=neighbours.device)
-            h = F.embedding_bag(rows.flatten(0, 1), self.table(colours).float(), mode='sum')
-            h = h.to(colours.dtype).view(B, P, -1) + self.c_fc.bias
-        else:
-            h = self.c_fc(F.embedding(neighbours, colours).flatten(2))
+        h = self.c_fc(F.embedding(neighbours, colours).flatten(2))
         if self.relative:
             h = h + self.c_diff(self.differences(neighbours))
         return self.c_proj(F.gelu(h))

@@ -172,9 +172,8 @@ class Decoder:
         self.layers = [(b.attn.kind, layer_norm(b.ln_1), linear(b.attn.c_attn), linear(b.attn.c_proj),
                         layer_norm(b.ln_2), linear(b.mlp.c_fc), linear(b.mlp.c_proj)) for b in h.h]
         if c.neighbours:
-            self.stem = h.stem.table(F.pad(colours, (0, 0, 0, 1)))  # ((V + 1) * K, 2C)
-            self.stem[::c.neighbours] += h.stem.c_fc.bias  # added once for each pixel, with its first neighbour
-            self.stem_proj = linear(h.stem.c_proj)
+            self.colours = F.pad(colours, (0, 0, 0, 1))  # (V + 1, D), zeros outside
+            self.stem_fc, self.stem_proj = linear(h.stem.c_fc), linear(h.stem.c_proj)
             if c.relative_neighbours:
                 self.stem_diff = linear(h.stem.c_diff)
         if c.relative_colours:
@@ -242,8 +241,7 @@ class Decoder:
         if c.neighbours or c.relative_colours:
             neighbours = self.canvas[self.neighbours[pixels]].transpose(1, 2).reshape(n * B, -1)  # (n * B, K)
         if c.neighbours:
-            rows = neighbours[:, :c.neighbours] * c.neighbours + torch.arange(c.neighbours, device=x.device)
-            hidden = torch.embedding(self.stem, rows).sum(1)
+            hidden = self.stem_fc(torch.embedding(self.colours, neighbours[:, :c.neighbours]).flatten(1))
             if c.relative_neighbours:
                 hidden += self.stem_diff(self.model.transformer.stem.differences(neighbours[:, :c.neighbours]))
             x = x + self.stem_proj(F.gelu(hidden))

@@ -203,20 +203,6 @@ def test_the_chunked_loss_has_the_gradients_of_the_usual_one(kind):
         assert torch.allclose(gradient, gradients[1][name], atol=1e-5, rtol=1e-4), name
 
 
-def test_the_table_of_the_stem_does_what_its_product_does():
-    # many pixels take another way through the stem than few
-    model, tokens = small('full', std=0.2), images(2 * 4097 // TOKENS + 1)
-    gradients, stem = [], model.transformer.stem.c_fc
-    for parts in (tokens.split(len(tokens)), tokens.split(1)):
-        model.zero_grad()
-        for part in parts:
-            (model(part) * len(part) / len(tokens)).backward()
-        gradients.append([p.grad.clone() for p in (stem.weight, stem.bias, model.lm_head.weight)])
-    for one, other in zip(*gradients):
-        assert one.abs().max() > 1e-4 and (one - other).abs().max() < 1e-5 * one.abs().max().clamp(min=1)
-    assert (model.logits(tokens)[:1] - model.logits(tokens[:1])).abs().max() < 1e-4
-
-
 def test_neighbours_end_where_the_image_ends():
     model = small('full')
     picture = torch.arange(TOKENS).view(1, SIDE, SIDE)
@@ -522,7 +508,6 @@ def test_dropout_is_for_training_alone():
 
 
 def test_a_model_in_half_precision_paints():
-    # the prompt is long enough for the other way through the stem
     model, prompt = small('local column', tokens=4096, std=0.2).bfloat16(), images(3, side=64)[:, :4000]
     painted = model.generate(prompt, 96, generator=generator(3))
     assert painted.shape == (3, 4096) and len(painted[:, 4000:].unique()) > 5
