@@ -4,11 +4,13 @@
     python bench/scale.py --models recommended             # eight minutes on two cores
 
 Both models learn from two million pixels of synthetic landscapes, 16,384 an iteration at any size, with the settings
-of config/landscape.py, and nanoGPT's model with the best ones known for small batches. The time is that of training,
-validation not counted, the memory that of the whole process of train.py. One picture is painted by sample.py's sampler
-with its cache, for nanoGPT's model too. Leave the machine idle.
+of config/landscape.py, and nanoGPT's model with the best ones known for small batches. Memory is that of the whole
+process of train.py. Then all of them make training steps (those of bench/training.py) in turn, since the speed of a
+machine changes within minutes, and the median counts. One picture is painted by sample.py's sampler with its cache, for
+nanoGPT's model too. Leave the machine idle.
 """
 import os
+import statistics
 import subprocess
 
 import torch
@@ -16,8 +18,9 @@ import torch
 from common import ROOT, argument_parser, command, device_name, read_log, run_script, table_head, table_row
 import extras
 from sampling import sampling_seconds
+from training import seconds_of, stepper
 
-PIXELS_AN_ITERATION, ITERATIONS = 2 ** 14, 128
+PIXELS_AN_ITERATION, ITERATIONS, ROUNDS = 2 ** 14, 128, 9
 VALIDATION = 4  # as many training images for each validation image
 NANOGPT = ['config/seed.py', '--start_embedding=True', '--flip=True', '--gradient_accumulation_steps=1',
            '--learning_rate=2e-3', '--min_lr=1e-5', '--beta2=0.99', '--warmup_iters=32']
@@ -27,7 +30,7 @@ COLUMNS = ('model', 'size', 'bits per pixel', 'training, s an image', 'us a pixe
 
 
 def train(options, data, out_dir, size):
-    """Train a model. Return its validation loss in bits per pixel, the seconds an image takes, and the peak in MB."""
+    """Train a model. Return its validation loss in bits per pixel, and the peak in MB."""
     fixed = [f'--data_dir={data}', f'--out_dir={out_dir}', f'--batch_size={PIXELS_AN_ITERATION // size ** 2}',
              '--eval_batch_size=4', f'--max_iters={ITERATIONS}', '--eval_at=()', '--num_samples=1', '--overwrite=True']
     process = subprocess.Popen(command('train.py', *options, *fixed), cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -35,7 +38,17 @@ def train(options, data, out_dir, size):
     if status:
         raise extras.UserError(f'training stopped: python train.py {" ".join([*options, *fixed])}')
     last = [row for row in read_log(out_dir) if row['val_loss']][-1]
-    return float(last['bits_per_pixel']), float(last['seconds']) / int(last['images']), usage.ru_maxrss * 1024 / 1e6
+    return float(last['bits_per_pixel']), usage.ru_maxrss * 1024 / 1e6
+
+
+def training_seconds(models):
+    """Return the seconds that an image takes in training: {(model, size): s}. Their steps are timed in turn."""
+    config, dtype = str(ROOT / 'config' / 'landscape.py'), extras.pick_dtype('auto', 'cpu')
+    batch = {size: PIXELS_AN_ITERATION // size ** 2 for _, size in models}
+    steps = {(name, size): stepper(name, config, batch[size], dtype, 'cpu', False, size)[0] for name, size in models}
+    rounds = [{model: seconds_of(step, 1, 'cpu') for model, step in steps.items()} for _ in range(1 + ROUNDS)]
+    return {(name, size): statistics.median(seconds[name, size] for seconds in rounds[1:]) / batch[size]  # 0: warm-up
+            for name, size in models}
 
 
 def plot(results, path):
@@ -54,6 +67,10 @@ def plot(results, path):
         ax.set(xscale='log', yscale='log', title=title, xlabel='size of a picture', ylabel='microseconds a pixel')
         ax.minorticks_off()
         ax.set_xticks(sizes, [f'{size}x{size}' for size in sizes])
+        low, high = ax.get_ylim()
+        ticks = [digit * 10 ** power for power in range(6) for digit in (1, 2, 5)]
+        ax.set_yticks([tick for tick in ticks if low <= tick <= high])
+        ax.yaxis.set_major_formatter('{x:g}')
         ax.grid(alpha=0.3, which='both')
         ax.legend()
     with extras.atomic_write(path) as f:
@@ -76,15 +93,15 @@ def main():
             trained[name, size] = out_dir, *train(OPTIONS[name], data, out_dir, size)
 
     print(f'{device_name("cpu")}, torch {torch.__version__}\n\n{table_head(*COLUMNS)}')
-    results = {}
-    for (name, size), (out_dir, bits, training, peak) in trained.items():
+    training, results = training_seconds(trained), {}
+    for (name, size), (out_dir, bits, peak) in trained.items():
         path = str(out_dir / f'ckpt{ITERATIONS}.pt')
         model = extras.build_model(extras.load_checkpoint(path), path, 'cpu')
         model.generate(torch.zeros(1, 0, dtype=torch.long), 100)  # warm-up of the libraries
         sampling = sampling_seconds(model, 1, 'cpu', seed=1)
-        results[name, size] = training, sampling
-        print(table_row(name, size, f'{bits:.3f}', f'{training:.3g}', f'{training / size ** 2 * 1e6:.1f}',
-                        f'{peak:,.0f}', f'{sampling:.3g}', f'{sampling / size ** 2 * 1e6:.1f}'), flush=True)
+        results[name, size] = seconds = training[name, size], sampling
+        (image, pixel), (painted, painted_pixel) = ((f'{s:.3g}', f'{s / size ** 2 * 1e6:.1f}') for s in seconds)
+        print(table_row(name, size, f'{bits:.3f}', image, pixel, f'{peak:,.0f}', painted, painted_pixel), flush=True)
     plot(results, ROOT / 'out' / 'scale' / 'scale.png')
 
 

@@ -35,13 +35,14 @@ COLUMNS = ('model', 'parameters', 'batch', 'compiled', 'ms a step', 'ms an image
            'TFLOP/s', 'utilisation')
 
 
-def stepper(which, recommended, batch, dtype, device, compiled):
-    """Return a function that makes a training step, the number of parameters, and the FLOPs of a step."""
+def stepper(which, recommended, batch, dtype, device, compiled, side=64):
+    """Return a function that makes a training step on square images, the number of parameters, and a step's FLOPs."""
     path = recommended if which == 'recommended' else str(ROOT / 'config' / 'seed.py')
     config = extras.load_config(TrainConfig, [path])
     autocast = torch.autocast(device.split(':')[0], dtype) if dtype != torch.float32 else contextlib.nullcontext()
     model_args = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)}
-    model = GPT(GPTConfig(**model_args, block_size=4096 - (not config.start_embedding))).to(device)
+    pixels = side ** 2
+    model = GPT(GPTConfig(**model_args, width=side, block_size=pixels - (not config.start_embedding))).to(device)
     betas = config.beta1, config.beta2
     optimizers = model.configure_optimizers(config.weight_decay, config.learning_rate, betas, config.muon_lr)
 
@@ -51,13 +52,13 @@ def stepper(which, recommended, batch, dtype, device, compiled):
 
     loss_of = model if which == 'recommended' else nanogpts_loss
     with FlopCounterMode(display=False) as counter:
-        loss_of(torch.randint(4096, (1, 4096), device=device)).backward()
+        loss_of(torch.randint(4096, (1, pixels), device=device)).backward()
         model.zero_grad()
     if compiled:
         loss_of = torch.compile(loss_of, dynamic=False)
 
     def step():
-        tokens = torch.randint(4096, (batch, 4096), device=device)
+        tokens = torch.randint(4096, (batch, pixels), device=device)
         with autocast:
             loss = loss_of(tokens)
         loss.backward()
