@@ -1,0 +1,235 @@
+"""Train the pixel GPT's rival, a small diffusion model of as many parameters, for a budget of time, and paint with it.
+
+    pip install -r bench/requirements.txt
+    python bench/diffusion.py unet --data data/photos                  # 1.75 hours, and painting
+    python bench/diffusion.py dit --data data/photos --seconds 600
+    python bench/quality.py --samples out/diffusion/unet/*/samples_50.npy --ckpt out/two_cores/ckpt6000.pt
+
+A rectified flow (Liu et al. 2022, arXiv 2209.03003): between an image, at time 0, and noise, at time 1, the network
+learns the velocity noise - image, and painting follows it back in Euler's steps. Times are logit-normal, with the noise
+levels of EDM2 (Karras et al. 2023, arXiv 2312.02696). The networks are those of diffusers: a UNet as in DDPM, and DiT
+with patches of 4x4. AdamW, a cosine schedule, the same averaged weights and mirrored images as train.py.
+
+Three learning rates get a quarter of the budget each; the best by the loss on validation images gets all of it. The
+images are the same tokens, each level the middle of its sixteenth of the range, into which samples fall back. What has
+been interrupted goes on where it was; --seed another number for a second run.
+"""
+import copy
+import functools
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from common import ROOT, argument_parser
+import extras
+from train import update_average
+
+WARMUP, SAVE_EVERY = 100, 60  # iterations, seconds
+
+
+def unet(shape):
+    """Return diffusers' UNet, with attention at a quarter and an eighth of the resolution."""
+    from diffusers import UNet2DModel
+    model = UNet2DModel(
+        sample_size=shape, block_out_channels=(32, 48, 64, 80), layers_per_block=1, norm_num_groups=8,
+        down_block_types=('DownBlock2D', 'DownBlock2D', 'AttnDownBlock2D', 'AttnDownBlock2D'),
+        up_block_types=('AttnUpBlock2D', 'AttnUpBlock2D', 'UpBlock2D', 'UpBlock2D'),
+        attention_head_dim=16, attn_norm_num_groups=8, resnet_time_scale_shift='scale_shift')
+    start_at_zero(model, ('conv2', 'to_out.0', 'conv_out'))
+    return model
+
+
+def dit(shape):
+    """Return diffusers' DiT for images of one class; as in the paper its blocks share the embedding of the time."""
+    from diffusers import DiTTransformer2DModel
+    model = DiTTransformer2DModel(num_attention_heads=4, attention_head_dim=32, num_layers=6, in_channels=3,
+                                  sample_size=shape[0], patch_size=4, num_embeds_ada_norm=1)
+    first, *others = model.transformer_blocks
+    first.norm1.emb.class_embedder.dropout_prob = 0.0  # the class is never left out
+    for block in others:
+        block.norm1.emb = first.norm1.emb
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.xavier_uniform_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+    start_at_zero(model, ('norm1.linear', 'proj_out_1', 'proj_out_2'))
+    return model
+
+
+def start_at_zero(model, names):
+    """Zero the layers so named, as DDPM and DiT do and diffusers does not: every block begins as the identity."""
+    for name, module in model.named_modules():
+        if name.endswith(names):
+            torch.nn.init.zeros_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+
+
+def to_images(tokens):
+    """Tokens (B, H, W) -> images (B, 3, H, W) from -1 to 1: the middle of each level's sixteenth."""
+    levels = torch.stack((tokens >> 8, tokens >> 4 & 15, tokens & 15), dim=1)
+    return (levels + 0.5) / 8 - 1
+
+
+def to_tokens(images):
+    """Images (B, 3, H, W) -> tokens (B, H, W)."""
+    red, green, blue = ((images + 1) * 8).floor().clamp(0, 15).int().unbind(1)
+    return red << 8 | green << 4 | blue
+
+
+def velocity(model, x, t):
+    """Predict the velocity of images x (B, 3, H, W) at times t (B,), which diffusers counts from 0 to 1,000."""
+    extra = {} if type(model).__name__ == 'UNet2DModel' else {'class_labels': torch.zeros_like(t, dtype=torch.long)}
+    dtype = extras.pick_dtype('auto', x.device.type)
+    with torch.autocast(x.device.type, dtype, enabled=dtype == torch.bfloat16):
+        return model(x, 1000 * t, return_dict=False, **extra)[0].float()
+
+
+def draw_times(normal):
+    """Standard normal numbers (B,) -> times (B,), by the noise levels that EDM2 trains on at 64x64."""
+    return torch.sigmoid(1.6 * normal - 0.8)
+
+
+def flow_loss(model, images, t, noise):
+    """Return the mean squared error of the velocity of images (B, 3, H, W) at times t (B,), between them and noise."""
+    at = t[:, None, None, None]
+    return F.mse_loss(velocity(model, (1 - at) * images + at * noise, t), noise - images)
+
+
+@torch.no_grad()
+def validation_loss(model, tokens, device, batch=32):
+    """Return the loss on all images of tokens (n, H, W), with the same noise and times for every model."""
+    generator, total = torch.Generator().manual_seed(0), 0.0
+    model.eval()
+    evenly = torch.special.ndtri((torch.arange(len(tokens)) + 0.5) / len(tokens))  # a quantile for each image
+    times = draw_times(evenly)[torch.randperm(len(tokens), generator=generator)]
+    for part, t in zip(tokens.split(batch), times.split(batch)):
+        images = to_images(part)
+        noise = torch.randn(images.shape, generator=generator)
+        total += flow_loss(model, images.to(device), t.to(device), noise.to(device)).item() * len(part)
+    return total / len(tokens)
+
+
+def train(args, lr, seconds, train_tokens, val_tokens, device):
+    """Train a network for so many seconds, or go on with it, and return its averaged weights' loss and the model."""
+    name = f'seed{args.seed}_batch{args.batch_size}_lr{lr:g}_{seconds:g}s'
+    folder = args.out / name
+    folder.mkdir(parents=True, exist_ok=True)
+    path = str(folder / 'ckpt.pt')
+    torch.manual_seed(args.seed)
+    model = NETWORKS[args.network](tuple(train_tokens.shape[1:])).to(device, memory_format=torch.channels_last)
+    averaged = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    state = dict(iteration=0, seconds=0.0, loss=None)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    if os.path.exists(path):
+        saved = torch.load(path, map_location='cpu', weights_only=True)
+        state = saved['state']
+        generator.set_state(saved['generator'])
+        for part, key in ((model, 'model'), (averaged, 'averaged'), (optimizer, 'optimizer')):
+            part.load_state_dict(saved[key])
+    if device.startswith('cuda'):
+        model.compile()
+        train_tokens = train_tokens.to(device)
+
+    def save():
+        extras.save_checkpoint(dict(model=model.state_dict(), averaged=averaged.state_dict(), state=state,
+                                    optimizer=optimizer.state_dict(), generator=generator.get_state()), path)
+
+    saved_at = began = time.monotonic()
+    with tqdm(total=round(seconds), initial=round(state['seconds']), unit='s', desc=name) as bar:
+        while state['seconds'] < seconds:
+            model.train()
+            share = state['seconds'] / seconds
+            rate = lr * min((state['iteration'] + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * share))
+            optimizer.param_groups[0]['lr'] = rate
+            draw = functools.partial(torch.randn, generator=generator, device=device)
+            tokens = train_tokens[torch.randint(len(train_tokens), (args.batch_size,), generator=generator,
+                                                device=device)]
+            mirrored = draw(len(tokens)) < 0
+            tokens = torch.where(mirrored[:, None, None], tokens.flip(2), tokens)
+            images, t = to_images(tokens), draw_times(draw(len(tokens)))
+            loss = flow_loss(model, images, t, draw(images.shape))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            state['iteration'] += 1
+            update_average(averaged, model, state['iteration'], mean_age=0.1)
+            now = time.monotonic()
+            state['seconds'] += now - began
+            bar.update(round(state['seconds']) - bar.n)
+            if state['iteration'] % 50 == 0:
+                bar.set_postfix(loss=f'{loss.item():.4f}', images=state['iteration'] * args.batch_size, refresh=False)
+            if now - saved_at > SAVE_EVERY:
+                save()
+                saved_at = now = time.monotonic()
+            began = now
+    if state['loss'] is None:
+        state['loss'] = validation_loss(averaged, val_tokens, device)
+        save()
+    images = state['iteration'] * args.batch_size
+    print(f"{name}: validation loss {state['loss']:.5f} after {images:,} images in {seconds / 60:.1f} min", flush=True)
+    return state['loss'], averaged.eval(), folder
+
+
+@torch.inference_mode()
+def paint(model, path, count, steps, shape, device, seed, batch=50):
+    """Save the tokens (count, H, W) of images painted in so many of Euler's steps, or go on with those at path."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    done = np.load(path) if path.exists() else np.empty((0, *shape), np.uint16)
+    began, before = time.monotonic(), len(done)
+    for begin in tqdm(range(before, count, batch), desc=f'painting in {steps} steps', unit=f' {batch} images'):
+        scheduler = FlowMatchEulerDiscreteScheduler()
+        scheduler.set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1], device=device)  # the times of the steps
+        generator = torch.Generator().manual_seed(1_000_000 * seed + begin)
+        x = torch.randn(min(batch, count - begin), 3, *shape, generator=generator).to(device)
+        for t in scheduler.timesteps:
+            x = scheduler.step(velocity(model, x, (t / 1000).expand(len(x))), t, x).prev_sample
+        done = np.concatenate((done, to_tokens(x).cpu().numpy().astype(np.uint16)))
+        with extras.atomic_write(path) as f:
+            np.save(f, done)
+    if len(done) > before:
+        print(f'{path}: {(time.monotonic() - began) / (len(done) - before):.2f} s an image')
+
+
+NETWORKS = dict(unet=unet, dit=dit)
+
+
+def main():
+    parser = argument_parser(__doc__)
+    parser.add_argument('network', choices=NETWORKS)
+    parser.add_argument('--data', default='data/photos')
+    parser.add_argument('--seconds', type=float, default=3600, help='of training, the budget')
+    parser.add_argument('--lr', type=float, nargs='+', default=[3e-4, 1e-3, 3e-3], help='tried for a quarter of it each')
+    parser.add_argument('--batch_size', type=int, default=16, help='images an iteration')
+    parser.add_argument('--num_samples', type=int, default=1000)
+    parser.add_argument('--steps', type=int, nargs='+', default=[50, 250], help='of painting')
+    parser.add_argument('--seed', type=int, default=1)
+    parser.add_argument('--out', type=Path, help='out/diffusion/<network>')
+    args = parser.parse_args()
+    args.out = args.out or ROOT / 'out' / 'diffusion' / args.network
+    device = extras.pick_device('auto')
+    meta = extras.load_meta(args.data)
+    shape = meta['height'], meta['width']
+    train_tokens, val_tokens = (torch.from_numpy(extras.load_tokens(args.data, split, meta).astype(np.int64))
+                                .view(-1, *shape) for split in ('train', 'val'))
+    data = train_tokens, val_tokens, device
+    print(f'{sum(p.numel() for p in NETWORKS[args.network](shape).parameters()):,} parameters')
+    rates = args.lr if len(args.lr) > 1 else []
+    losses = {lr: train(args, lr, args.seconds / 4, *data)[0] for lr in rates}
+    best = min(losses, key=losses.get, default=args.lr[0])
+    if losses and best in (min(losses), max(losses)):
+        print(f'{best:g} is the best of these learning rates, and the last of them: try a few beyond it', flush=True)
+    _, model, folder = train(args, best, args.seconds, *data)
+    for steps in args.steps:
+        paint(model, folder / f'samples_{steps}.npy', args.num_samples, steps, shape, device, args.seed)
+
+
+if __name__ == '__main__':
+    extras.run(main)

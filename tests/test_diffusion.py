@@ -1,0 +1,64 @@
+"""bench/diffusion.py: its arithmetic, and a few steps of both networks."""
+import sys
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, call
+
+sys.path.append(str(ROOT / 'bench'))
+import diffusion  # noqa: E402
+
+needs_diffusers = pytest.mark.skipif(not find_spec('diffusers'), reason='pip install -r bench/requirements.txt')
+
+
+def test_images_fall_back_into_their_tokens():
+    tokens = torch.arange(4096).view(1, 64, 64)
+    images = diffusion.to_images(tokens)
+    assert images.shape == (1, 3, 64, 64) and images.min() == -images.max() == -15 / 16
+    for noise in (-0.06, 0, 0.06):  # half a sixteenth is 0.0625
+        assert (diffusion.to_tokens(images + noise) == tokens).all()
+    assert (diffusion.to_tokens(torch.tensor([-9.0, 9.0]).expand(1, 3, 1, 2)) == torch.tensor([0, 4095])).all()
+
+
+@needs_diffusers
+@pytest.mark.parametrize('network', ['unet', 'dit'])
+def test_a_network_has_as_many_parameters_as_the_pixel_gpt(network):
+    count = sum(p.numel() for p in diffusion.NETWORKS[network]((64, 64)).parameters())
+    assert abs(count / 1.8e6 - 1) < 0.05
+
+
+@needs_diffusers
+def test_the_true_velocity_costs_nothing_and_leads_from_noise_to_the_image(tmp_path, monkeypatch):
+    image = diffusion.to_images(torch.arange(0, 4096, 16).view(1, 16, 16))
+    # x = (1 - t) image + t noise, so that (x - image) / t is noise - image
+    monkeypatch.setattr(diffusion, 'velocity', lambda model, x, t: (x - image) / t[:, None, None, None])
+    noise, t = torch.randn(5, 3, 16, 16), torch.rand(5)
+    assert diffusion.flow_loss(None, image.expand(5, -1, -1, -1), t, noise) < 1e-6
+    diffusion.paint(None, tmp_path / 'a.npy', 3, 7, (16, 16), 'cpu', seed=1)
+    assert (np.load(tmp_path / 'a.npy') == np.arange(0, 4096, 16).reshape(16, 16)).all()
+
+
+@needs_diffusers
+@pytest.mark.parametrize('network', ['unet', 'dit'])
+def test_a_network_trains_paints_and_goes_on(network, data, tmp_path):
+    command = ['bench/diffusion.py', network, '--data', data, '--batch_size', 4, '--out', tmp_path, '--seconds', 4,
+               '--steps', 3]
+    out = call(*command, '--lr', 1e-3, 3e-3, '--num_samples', 3)
+    assert out.count('validation loss') == 3
+    losses = {name: torch.load(tmp_path / f'seed1_batch4_lr{name}' / 'ckpt.pt', weights_only=True)['state']
+              for name in ('0.001_1s', '0.003_1s')}
+    best = tmp_path / f"seed1_batch4_lr{min(losses, key=lambda name: losses[name]['loss']).replace('1s', '4s')}"
+    state = torch.load(best / 'ckpt.pt', weights_only=True)['state']
+    assert state['iteration'] >= 10 and 4 <= state['seconds'] < 8
+    first = np.load(best / 'samples_3.npy')
+    assert first.shape == (3, 16, 16) and first.dtype == np.uint16 and first.max() < 4096
+    # again: nothing is trained, and what is missing is painted
+    out = call(*command, '--lr', 1e-3, 3e-3, '--num_samples', 7)
+    assert out.count('validation loss') == 3 and f"{state['loss']:.5f}" in out
+    assert (np.load(best / 'samples_3.npy')[:3] == first).all()
+    # and its samples can be measured
+    out = call('bench/quality.py', '--samples', best / 'samples_3.npy', '--data', data, '--num_samples', 8,
+               '--out', tmp_path)
+    assert 'sliced Wasserstein distance' in out and '7 images in each set' in out
