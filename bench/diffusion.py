@@ -206,7 +206,8 @@ def main():
     parser.add_argument('network', choices=NETWORKS)
     parser.add_argument('--data', default='data/photos')
     parser.add_argument('--seconds', type=float, default=3600, help='of training, the budget')
-    parser.add_argument('--lr', type=float, nargs='+', default=[3e-4, 1e-3, 3e-3], help='tried for a quarter of it each')
+    parser.add_argument('--lr', type=float, nargs='+', default=[3e-4, 1e-3, 3e-3],
+                        help='tried for a quarter of it each')
     parser.add_argument('--batch_size', type=int, default=16, help='images an iteration')
     parser.add_argument('--num_samples', type=int, default=1000)
     parser.add_argument('--steps', type=int, nargs='+', default=[50, 250], help='of painting')

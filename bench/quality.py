@@ -459,11 +459,11 @@ def main():
     }
     measures = lambda tokens, points: {**compare(tokens, real, points), **compare_pretrained(tokens, real)}
     columns = {'validation': validation, 'floor': measures(train[floor], left_out)}
-    sets = []  # the samples of each column
+    sets = {}  # the samples of each column
     for path, tokens in samples.items():
         name = path if len({Path(p).stem for p in samples}) < len(samples) else Path(path).stem
         columns[name] = measures(tokens[:n], points)
-        sets.append(tokens[:n])
+        sets[name] = tokens[:n]
     iterations, row_bits = {}, {}
     for path in args.ckpt:
         if path == 'frequencies':
@@ -473,7 +473,7 @@ def main():
                 'bits per pixel, validation': on_real,
                 'bits per pixel, its samples': on_samples,
             }
-            sets.append(tokens)
+            sets[path] = tokens
             continue
         checkpoint = extras.load_checkpoint(path, device)
         model = extras.build_model(checkpoint, path, device)
@@ -491,13 +491,13 @@ def main():
             row_bits[name] = on_samples - on_real
             iterations[name] = checkpoint.get('iter_num', 0)
             print(f'{name} after {(time.time() - began) / 60:.0f} min', file=sys.stderr)
-            sets.append(tokens)
-    save_closest_pairs(sets[-1], train, args.out / 'pairs.png')
+            sets[name] = tokens
+    save_closest_pairs(list(sets.values())[-1], train, args.out / 'pairs.png')
     if n >= 16:
-        save_side_by_side(sets, train, args.out / 'samples.png')
+        save_side_by_side(sets.values(), train, args.out / 'samples.png')
     if len(set(iterations.values())) > 1:
         plot(columns, iterations, args.out / 'run.png')
-        rows = [extras.to_image(image) for tokens in sets for image in tokens[:9]]
+        rows = [extras.to_image(image) for name in iterations for image in sets[name][:9]]
         extras.save_picture(extras.sheet(rows, 9), args.out / 'training.png')
     print(f'{n} images in each set\n')
     print(table_head('measure', *columns))
