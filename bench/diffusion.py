@@ -8,11 +8,11 @@
 A rectified flow (Liu et al. 2022, arXiv 2209.03003): between an image, at time 0, and noise, at time 1, the network
 learns the velocity noise - image, and painting follows it back in Euler's steps. Times are logit-normal, with the noise
 levels of EDM2 (Karras et al. 2023, arXiv 2312.02696). The networks are those of diffusers: a UNet as in DDPM, and DiT
-with patches of 4x4. AdamW, a cosine schedule, the same averaged weights and mirrored images as train.py.
+with patches of 4x4. Muon and AdamW, a cosine schedule, averaged weights and mirrored images, all as in train.py.
 
-Three learning rates get a quarter of the budget each; the best by the loss on validation images gets all of it. The
-images are the same tokens, each level the middle of its sixteenth of the range, into which samples fall back. What has
-been interrupted goes on where it was; --seed another number for a second run.
+Three learning rates of Muon get a quarter of the budget each; the best by the loss on validation images gets all of it.
+The images are the same tokens, each level the middle of its sixteenth of the range, into which samples fall back. What
+has been interrupted goes on where it was; --seed another number for a second run.
 """
 import copy
 import functools
@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from common import ROOT, argument_parser
 import extras
+from model import Muon
 from train import update_average
 
 WARMUP, SAVE_EVERY = 100, 60  # iterations, seconds
@@ -115,39 +116,62 @@ def validation_loss(model, tokens, device, batch=32):
     return total / len(tokens)
 
 
-def train(args, lr, seconds, train_tokens, val_tokens, device):
+def configure_optimizers(model, lr, muon_lr):
+    """Return [AdamW] for a network, or with muon_lr [AdamW, Muon], which gets the weights between first and last layer.
+
+    A convolution's weight (out, in, 3, 3) is a matrix (out, 9 in) for it: a view, since it is stored channels last.
+    """
+    as_matrix = lambda weight: weight.permute(0, *range(2, weight.dim()), 1).flatten(1)
+    ends = ('conv_in', 'conv_out', 'time_embedding', 'pos_embed', 'proj_out')
+    rest, matrices = [], []
+    for name, p in model.named_parameters():
+        if not muon_lr or p.dim() == 1 or name.startswith(ends) or 'embedder' in name:
+            rest.append(p)
+            continue
+        matrix = torch.nn.Parameter(as_matrix(p.detach()))
+        p.register_post_accumulate_grad_hook(lambda p, matrix=matrix: setattr(matrix, 'grad', as_matrix(p.grad)))
+        matrices.append(matrix)
+    adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    return [adamw, Muon(matrices, muon_lr, weight_decay=0.0)] if matrices else [adamw]
+
+
+def train(args, muon_lr, seconds, train_tokens, val_tokens, device):
     """Train a network for so many seconds, or go on with it, and return its averaged weights' loss and the model."""
-    name = f'seed{args.seed}_batch{args.batch_size}_lr{lr:g}_{seconds:g}s'
+    name = f'seed{args.seed}_batch{args.batch_size}_lr{args.lr:g}_muon{muon_lr:g}_{seconds:g}s'
     folder = args.out / name
     folder.mkdir(parents=True, exist_ok=True)
     path = str(folder / 'ckpt.pt')
     torch.manual_seed(args.seed)
     model = NETWORKS[args.network](tuple(train_tokens.shape[1:])).to(device, memory_format=torch.channels_last)
     averaged = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizers = configure_optimizers(model, args.lr, muon_lr)
     state = dict(iteration=0, seconds=0.0, loss=None)
     generator = torch.Generator(device).manual_seed(args.seed)
     if os.path.exists(path):
         saved = torch.load(path, map_location='cpu', weights_only=True)
         state = saved['state']
         generator.set_state(saved['generator'])
-        for part, key in ((model, 'model'), (averaged, 'averaged'), (optimizer, 'optimizer')):
-            part.load_state_dict(saved[key])
+        model.load_state_dict(saved['model'])
+        averaged.load_state_dict(saved['averaged'])
+        for optimizer, saved_optimizer in zip(optimizers, saved['optimizers']):
+            optimizer.load_state_dict(saved_optimizer)
     if device.startswith('cuda'):
         model.compile()
         train_tokens = train_tokens.to(device)
 
     def save():
         extras.save_checkpoint(dict(model=model.state_dict(), averaged=averaged.state_dict(), state=state,
-                                    optimizer=optimizer.state_dict(), generator=generator.get_state()), path)
+                                    optimizers=[optimizer.state_dict() for optimizer in optimizers],
+                                    generator=generator.get_state()), path)
 
     saved_at = began = time.monotonic()
     with tqdm(total=round(seconds), initial=round(state['seconds']), unit='s', desc=name) as bar:
         while state['seconds'] < seconds:
             model.train()
             share = state['seconds'] / seconds
-            rate = lr * min((state['iteration'] + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * share))
-            optimizer.param_groups[0]['lr'] = rate
+            scale = min((state['iteration'] + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * share))
+            for optimizer, peak in zip(optimizers, (args.lr, muon_lr)):
+                optimizer.param_groups[0]['lr'] = peak * scale
             draw = functools.partial(torch.randn, generator=generator, device=device)
             tokens = train_tokens[torch.randint(len(train_tokens), (args.batch_size,), generator=generator,
                                                 device=device)]
@@ -157,8 +181,9 @@ def train(args, lr, seconds, train_tokens, val_tokens, device):
             loss = flow_loss(model, images, t, draw(images.shape))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad()
             state['iteration'] += 1
             update_average(averaged, model, state['iteration'], mean_age=0.1)
             now = time.monotonic()
@@ -206,8 +231,9 @@ def main():
     parser.add_argument('network', choices=NETWORKS)
     parser.add_argument('--data', default='data/photos')
     parser.add_argument('--seconds', type=float, default=3600, help='of training, the budget')
-    parser.add_argument('--lr', type=float, nargs='+', default=[3e-4, 1e-3, 3e-3],
-                        help='tried for a quarter of it each')
+    parser.add_argument('--muon_lr', type=float, nargs='+', default=[0.01, 0.02, 0.04],
+                        help='for hidden layers, with Muon, tried for a quarter of it each (0: AdamW for all)')
+    parser.add_argument('--lr', type=float, default=6e-3, help='for the others, with AdamW')
     parser.add_argument('--batch_size', type=int, default=16, help='images an iteration')
     parser.add_argument('--num_samples', type=int, default=1000)
     parser.add_argument('--steps', type=int, nargs='+', default=[50, 250], help='of painting')
@@ -222,9 +248,9 @@ def main():
                                 .view(-1, *shape) for split in ('train', 'val'))
     data = train_tokens, val_tokens, device
     print(f'{sum(p.numel() for p in NETWORKS[args.network](shape).parameters()):,} parameters')
-    rates = args.lr if len(args.lr) > 1 else []
-    losses = {lr: train(args, lr, args.seconds / 4, *data)[0] for lr in rates}
-    best = min(losses, key=losses.get, default=args.lr[0])
+    rates = args.muon_lr if len(args.muon_lr) > 1 else []
+    losses = {rate: train(args, rate, args.seconds / 4, *data)[0] for rate in rates}
+    best = min(losses, key=losses.get, default=args.muon_lr[0])
     if losses and best in (min(losses), max(losses)):
         print(f'{best:g} is the best of these learning rates, and the last of them: try a few beyond it', flush=True)
     _, model, folder = train(args, best, args.seconds, *data)

@@ -41,21 +41,44 @@ def test_the_true_velocity_costs_nothing_and_leads_from_noise_to_the_image(tmp_p
 
 
 @needs_diffusers
+@pytest.mark.parametrize('network, name', [('unet', 'down_blocks.1.resnets.0.conv1.weight'),  # (48, 32, 3, 3)
+                                           ('dit', 'transformer_blocks.2.ff.net.2.weight')])  # (128, 512)
+def test_muon_moves_a_hidden_layer_as_far_in_every_direction_and_adamw_the_ends(network, name):
+    torch.manual_seed(0)
+    model = diffusion.NETWORKS[network]((16, 16)).to(memory_format=torch.channels_last)
+    for p in model.parameters():  # no zeros: every layer gets a gradient
+        torch.nn.init.normal_(p, std=0.1)
+    before = {key: p.clone() for key, p in model.named_parameters()}
+    adamw, muon = diffusion.configure_optimizers(model, 1e-3, 0.02)
+    images = torch.randn(16, 3, 16, 16)
+    diffusion.flow_loss(model, images, torch.rand(16), torch.randn_like(images)).backward()
+    muon.step()
+    moved = {key for key, p in model.named_parameters() if not torch.equal(p, before[key])}
+    update = (before[name] - dict(model.named_parameters())[name]).flatten(1)
+    singular = torch.linalg.svdvals(update) / 0.02  # 0.7 to 1.2, but where the gradient is all but zero
+    assert singular[0] < 1.25 and (singular > 0.6).float().mean() > 0.8
+    adamw.step()
+    assert {key for key, p in model.named_parameters() if not torch.equal(p, before[key])} > moved
+    for end in ('conv_in', 'conv_out') if network == 'unet' else ('pos_embed', 'proj_out_2'):
+        assert not any(key.startswith(end) for key in moved)
+
+
+@needs_diffusers
 @pytest.mark.parametrize('network', ['unet', 'dit'])
 def test_a_network_trains_paints_and_goes_on(network, data, tmp_path):
     command = ['bench/diffusion.py', network, '--data', data, '--batch_size', 4, '--out', tmp_path, '--seconds', 4,
                '--steps', 3]
-    out = call(*command, '--lr', 1e-3, 3e-3, '--num_samples', 3)
+    out = call(*command, '--muon_lr', 0, 0.02, '--num_samples', 3)
     assert out.count('validation loss') == 3
-    losses = {name: torch.load(tmp_path / f'seed1_batch4_lr{name}' / 'ckpt.pt', weights_only=True)['state']
-              for name in ('0.001_1s', '0.003_1s')}
-    best = tmp_path / f"seed1_batch4_lr{min(losses, key=lambda name: losses[name]['loss']).replace('1s', '4s')}"
+    losses = {muon: torch.load(tmp_path / f'seed1_batch4_lr0.006_muon{muon}_1s' / 'ckpt.pt', weights_only=True)['state']
+              for muon in ('0', '0.02')}
+    best = tmp_path / f"seed1_batch4_lr0.006_muon{min(losses, key=lambda muon: losses[muon]['loss'])}_4s"
     state = torch.load(best / 'ckpt.pt', weights_only=True)['state']
     assert state['iteration'] >= 10 and 4 <= state['seconds'] < 8
     first = np.load(best / 'samples_3.npy')
     assert first.shape == (3, 16, 16) and first.dtype == np.uint16 and first.max() < 4096
     # again: nothing is trained, and what is missing is painted
-    out = call(*command, '--lr', 1e-3, 3e-3, '--num_samples', 7)
+    out = call(*command, '--muon_lr', 0, 0.02, '--num_samples', 7)
     assert out.count('validation loss') == 3 and f"{state['loss']:.5f}" in out
     assert (np.load(best / 'samples_3.npy')[:3] == first).all()
     # and its samples can be measured
