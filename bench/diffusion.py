@@ -1,7 +1,7 @@
 """Train the pixel GPT's rival, a small diffusion model of as many parameters, for a budget of time, and paint with it.
 
     pip install -r bench/requirements.txt
-    python bench/diffusion.py unet --data data/photos                  # 1.75 hours, and painting
+    python bench/diffusion.py unet --data data/photos                  # two hours, and painting
     python bench/diffusion.py dit --data data/photos --seconds 600
     python bench/quality.py --samples out/diffusion/unet/*/samples_50.npy --ckpt out/two_cores/ckpt6000.pt
 
@@ -10,7 +10,7 @@ learns the velocity noise - image, and painting follows it back in Euler's steps
 levels of EDM2 (Karras et al. 2023, arXiv 2312.02696). The networks are those of diffusers: a UNet as in DDPM, and DiT
 with patches of 4x4. Muon and AdamW, a cosine schedule, averaged weights and mirrored images, all as in train.py.
 
-Three learning rates of Muon get a quarter of the budget each; the best by the loss on validation images gets all of it.
+Four learning rates of Muon get a quarter of the budget each; the best by the loss on validation images gets all of it.
 The images are the same tokens, each level the middle of its sixteenth of the range, into which samples fall back. What
 has been interrupted goes on where it was; --seed another number for a second run.
 """
@@ -231,7 +231,7 @@ def main():
     parser.add_argument('network', choices=NETWORKS)
     parser.add_argument('--data', default='data/photos')
     parser.add_argument('--seconds', type=float, default=3600, help='of training, the budget')
-    parser.add_argument('--muon_lr', type=float, nargs='+', default=[0.01, 0.02, 0.04],
+    parser.add_argument('--muon_lr', type=float, nargs='+', default=[0.005, 0.01, 0.02, 0.04],
                         help='for hidden layers, with Muon, tried for a quarter of it each (0: AdamW for all)')
     parser.add_argument('--lr', type=float, default=6e-3, help='for the others, with AdamW')
     parser.add_argument('--batch_size', type=int, default=16, help='images an iteration')
