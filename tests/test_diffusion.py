@@ -77,9 +77,14 @@ def test_a_network_trains_paints_and_goes_on(network, data, tmp_path):
     assert state['iteration'] >= 10 and 4 <= state['seconds'] < 8
     first = np.load(best / 'samples_3.npy')
     assert first.shape == (3, 16, 16) and first.dtype == np.uint16 and first.max() < 4096
-    # again: nothing is trained, and what is missing is painted
+    # as if interrupted: training goes on from what was saved, trials are not repeated, what is missing is painted
+    saved = torch.load(best / 'ckpt.pt', weights_only=True)
+    saved['state'].update(seconds=3.5, loss=None)
+    torch.save(saved, best / 'ckpt.pt')
     out = call(*command, '--muon_lr', 0, 0.02, '--num_samples', 7)
-    assert out.count('validation loss') == 3 and f"{state['loss']:.5f}" in out
+    assert all(f"validation loss {trial['loss']:.5f}" in out for trial in losses.values())
+    resumed = torch.load(best / 'ckpt.pt', weights_only=True)['state']
+    assert state['iteration'] < resumed['iteration'] < 2 * state['iteration']
     assert (np.load(best / 'samples_3.npy')[:3] == first).all()
     # and its samples can be measured
     out = call('bench/quality.py', '--samples', best / 'samples_3.npy', '--data', data, '--num_samples', 8,
