@@ -1,8 +1,8 @@
-"""Train the pixel GPT's rival, a small diffusion model of as many parameters, for a budget of time, and paint with it.
+"""Train the pixel GPT's rival, a small diffusion model of as many parameters, on a budget of images, and paint with it.
 
     pip install -r bench/requirements.txt
     python bench/diffusion.py unet --data data/photos                  # two hours, and painting
-    python bench/diffusion.py dit --data data/photos --seconds 600
+    python bench/diffusion.py dit --data data/photos --images 30000
     python bench/quality.py --samples out/diffusion/unet/*/samples_50.npy --ckpt out/two_cores/ckpt6000.pt
 
 A rectified flow (Liu et al. 2022, arXiv 2209.03003): between an image, at time 0, and noise, at time 1, the network
@@ -11,6 +11,7 @@ levels of EDM2 (Karras et al. 2023, arXiv 2312.02696). The networks are those of
 with patches of 4x4. Muon and AdamW, a cosine schedule, averaged weights and mirrored images, all as in train.py.
 
 Four learning rates of Muon get a quarter of the budget each; the best by the loss on validation images gets all of it.
+The budget is what an hour of two cores with AVX512-BF16 holds (the pixel GPT: 12,000 images), on any machine.
 The images are the same tokens, each level the middle of its sixteenth of the range, into which samples fall back. What
 has been interrupted goes on where it was; --seed another number for a second run.
 """
@@ -32,6 +33,7 @@ from model import Muon
 from train import update_average
 
 WARMUP, SAVE_EVERY = 100, 60  # iterations, seconds
+HOUR = dict(unet=104_000, dit=166_000)  # images in an hour of two cores with AVX512-BF16
 
 
 def unet(shape):
@@ -135,9 +137,10 @@ def configure_optimizers(model, lr, muon_lr):
     return [adamw, Muon(matrices, muon_lr, weight_decay=0.0)] if matrices else [adamw]
 
 
-def train(args, muon_lr, seconds, train_tokens, val_tokens, device):
-    """Train a network for so many seconds, or go on with it, and return its averaged weights' loss and the model."""
-    name = f'seed{args.seed}_batch{args.batch_size}_lr{args.lr:g}_muon{muon_lr:g}_{seconds:g}s'
+def train(args, muon_lr, images, train_tokens, val_tokens, device):
+    """Train a network on so many images, or go on with it, and return its averaged weights' loss and the model."""
+    iterations = images // args.batch_size
+    name = f'seed{args.seed}_batch{args.batch_size}_lr{args.lr:g}_muon{muon_lr:g}_{images}images'
     folder = args.out / name
     folder.mkdir(parents=True, exist_ok=True)
     path = str(folder / 'ckpt.pt')
@@ -165,11 +168,11 @@ def train(args, muon_lr, seconds, train_tokens, val_tokens, device):
                                     generator=generator.get_state()), path)
 
     saved_at = began = time.monotonic()
-    with tqdm(total=round(seconds), initial=round(state['seconds']), unit='s', desc=name) as bar:
-        while state['seconds'] < seconds:
+    with tqdm(total=images, initial=state['iteration'] * args.batch_size, unit='image', desc=name) as bar:
+        while state['iteration'] < iterations:
             model.train()
-            share = state['seconds'] / seconds
-            scale = min((state['iteration'] + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * share))
+            progress = state['iteration'] / iterations
+            scale = min((state['iteration'] + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * progress))
             for optimizer, peak in zip(optimizers, (args.lr, muon_lr)):
                 optimizer.param_groups[0]['lr'] = peak * scale
             draw = functools.partial(torch.randn, generator=generator, device=device)
@@ -177,8 +180,8 @@ def train(args, muon_lr, seconds, train_tokens, val_tokens, device):
                                                 device=device)]
             mirrored = draw(len(tokens)) < 0
             tokens = torch.where(mirrored[:, None, None], tokens.flip(2), tokens)
-            images, t = to_images(tokens), draw_times(draw(len(tokens)))
-            loss = flow_loss(model, images, t, draw(images.shape))
+            x, t = to_images(tokens), draw_times(draw(len(tokens)))
+            loss = flow_loss(model, x, t, draw(x.shape))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
@@ -188,9 +191,9 @@ def train(args, muon_lr, seconds, train_tokens, val_tokens, device):
             update_average(averaged, model, state['iteration'], mean_age=0.1)
             now = time.monotonic()
             state['seconds'] += now - began
-            bar.update(round(state['seconds']) - bar.n)
+            bar.update(args.batch_size)
             if state['iteration'] % 50 == 0:
-                bar.set_postfix(loss=f'{loss.item():.4f}', images=state['iteration'] * args.batch_size, refresh=False)
+                bar.set_postfix(loss=f'{loss.item():.4f}', refresh=False)
             if now - saved_at > SAVE_EVERY:
                 save()
                 saved_at = now = time.monotonic()
@@ -198,8 +201,7 @@ def train(args, muon_lr, seconds, train_tokens, val_tokens, device):
     if state['loss'] is None:
         state['loss'] = validation_loss(averaged, val_tokens, device)
         save()
-    images = state['iteration'] * args.batch_size
-    print(f"{name}: validation loss {state['loss']:.5f} after {images:,} images in {seconds / 60:.1f} min", flush=True)
+    print(f"{name}: validation loss {state['loss']:.5f} after {state['seconds'] / 60:.1f} min", flush=True)
     return state['loss'], averaged.eval(), folder
 
 
@@ -230,7 +232,7 @@ def main():
     parser = argument_parser(__doc__)
     parser.add_argument('network', choices=NETWORKS)
     parser.add_argument('--data', default='data/photos')
-    parser.add_argument('--seconds', type=float, default=3600, help='of training, the budget')
+    parser.add_argument('--images', type=int, help=f'to train on, the budget: {HOUR}')
     parser.add_argument('--muon_lr', type=float, nargs='+', default=[0.005, 0.01, 0.02, 0.04],
                         help='for hidden layers, with Muon, tried for a quarter of it each (0: AdamW for all)')
     parser.add_argument('--lr', type=float, default=6e-3, help='for the others, with AdamW')
@@ -240,6 +242,7 @@ def main():
     parser.add_argument('--seed', type=int, default=1)
     parser.add_argument('--out', type=Path, help='out/diffusion/<network>')
     args = parser.parse_args()
+    args.images = args.images or HOUR[args.network]
     args.out = args.out or ROOT / 'out' / 'diffusion' / args.network
     device = extras.pick_device('auto')
     meta = extras.load_meta(args.data)
@@ -249,11 +252,11 @@ def main():
     data = train_tokens, val_tokens, device
     print(f'{sum(p.numel() for p in NETWORKS[args.network](shape).parameters()):,} parameters')
     rates = args.muon_lr if len(args.muon_lr) > 1 else []
-    losses = {rate: train(args, rate, args.seconds / 4, *data)[0] for rate in rates}
+    losses = {rate: train(args, rate, args.images // 4, *data)[0] for rate in rates}
     best = min(losses, key=losses.get, default=args.muon_lr[0])
     if losses and best in (min(losses), max(losses)):
         print(f'{best:g} is the best of these learning rates, and the last of them: try a few beyond it', flush=True)
-    _, model, folder = train(args, best, args.seconds, *data)
+    _, model, folder = train(args, best, args.images, *data)
     for steps in args.steps:
         paint(model, folder / f'samples_{steps}.npy', args.num_samples, steps, shape, device, args.seed)
 

@@ -1,11 +1,13 @@
 """bench/diffusion.py: its arithmetic, and a few steps of both networks."""
+import signal
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call
+from conftest import ROOT, Script, call
 
 sys.path.append(str(ROOT / 'bench'))
 import diffusion  # noqa: E402
@@ -36,8 +38,11 @@ def test_the_true_velocity_costs_nothing_and_leads_from_noise_to_the_image(tmp_p
     monkeypatch.setattr(diffusion, 'velocity', lambda model, x, t: (x - image) / t[:, None, None, None])
     noise, t = torch.randn(5, 3, 16, 16), torch.rand(5)
     assert diffusion.flow_loss(None, image.expand(5, -1, -1, -1), t, noise) < 1e-6
+    np.save(tmp_path / 'a.npy', np.zeros((1, 16, 16), np.uint16))  # painted earlier, and kept
     diffusion.paint(None, tmp_path / 'a.npy', 3, 7, (16, 16), 'cpu', seed=1)
-    assert (np.load(tmp_path / 'a.npy') == np.arange(0, 4096, 16).reshape(16, 16)).all()
+    painted = np.load(tmp_path / 'a.npy')
+    assert (painted[0] == 0).all() and (painted[1:] == np.arange(0, 4096, 16).reshape(16, 16)).all()
+    assert len(painted) == 3
 
 
 @needs_diffusers
@@ -65,28 +70,38 @@ def test_muon_moves_a_hidden_layer_as_far_in_every_direction_and_adamw_the_ends(
 
 @needs_diffusers
 @pytest.mark.parametrize('network', ['unet', 'dit'])
-def test_a_network_trains_paints_and_goes_on(network, data, tmp_path):
-    command = ['bench/diffusion.py', network, '--data', data, '--batch_size', 4, '--out', tmp_path, '--seconds', 4,
-               '--steps', 3]
-    out = call(*command, '--muon_lr', 0, 0.02, '--num_samples', 3)
+def test_a_network_trains_with_each_learning_rate_and_then_with_the_best_paints_and_is_measured(network, data, tmp_path):
+    out = call('bench/diffusion.py', network, '--data', data, '--batch_size', 4, '--images', 40, '--muon_lr', 0, 0.02,
+               '--steps', 3, '--num_samples', 7, '--out', tmp_path)
     assert out.count('validation loss') == 3
-    losses = {muon: torch.load(tmp_path / f'seed1_batch4_lr0.006_muon{muon}_1s' / 'ckpt.pt', weights_only=True)['state']
-              for muon in ('0', '0.02')}
-    best = tmp_path / f"seed1_batch4_lr0.006_muon{min(losses, key=lambda muon: losses[muon]['loss'])}_4s"
-    state = torch.load(best / 'ckpt.pt', weights_only=True)['state']
-    assert state['iteration'] >= 10 and 4 <= state['seconds'] < 8
-    first = np.load(best / 'samples_3.npy')
-    assert first.shape == (3, 16, 16) and first.dtype == np.uint16 and first.max() < 4096
-    # as if interrupted: training goes on from what was saved, trials are not repeated, what is missing is painted
-    saved = torch.load(best / 'ckpt.pt', weights_only=True)
-    saved['state'].update(seconds=3.5, loss=None)
-    torch.save(saved, best / 'ckpt.pt')
-    out = call(*command, '--muon_lr', 0, 0.02, '--num_samples', 7)
-    assert all(f"validation loss {trial['loss']:.5f}" in out for trial in losses.values())
-    resumed = torch.load(best / 'ckpt.pt', weights_only=True)['state']
-    assert state['iteration'] < resumed['iteration'] < 2 * state['iteration']
-    assert (np.load(best / 'samples_3.npy')[:3] == first).all()
-    # and its samples can be measured
+    state = lambda folder: torch.load(folder / 'ckpt.pt', weights_only=True)['state']
+    losses = {muon: state(tmp_path / f'seed1_batch4_lr0.006_muon{muon}_10images')['loss'] for muon in ('0', '0.02')}
+    best = tmp_path / f'seed1_batch4_lr0.006_muon{min(losses, key=losses.get)}_40images'
+    assert state(best)['iteration'] == 10
+    painted = np.load(best / 'samples_3.npy')
+    assert painted.shape == (7, 16, 16) and painted.dtype == np.uint16 and painted.max() < 4096
     out = call('bench/quality.py', '--samples', best / 'samples_3.npy', '--data', data, '--num_samples', 8,
                '--out', tmp_path)
     assert 'sliced Wasserstein distance' in out and '7 images in each set' in out
+
+
+@needs_diffusers
+def test_a_training_that_was_killed_comes_out_the_same(data, tmp_path):
+    options = ['dit', '--data', data, '--batch_size', 4, '--images', 120, '--muon_lr', 0.02, '--steps', 2,
+               '--num_samples', 3]
+    call('bench/diffusion.py', *options, '--out', tmp_path / 'whole')
+    often = tmp_path / 'often.py'  # the script, but it saves after each iteration
+    often.write_text(f'import sys\nsys.path.insert(0, {str(ROOT / "bench")!r})\nimport diffusion, extras\n'
+                     'diffusion.SAVE_EVERY = 0\nextras.run(diffusion.main)\n')
+    process = Script(often, *options, '--out', tmp_path / 'killed')
+    result = Path('seed1_batch4_lr0.006_muon0.02_120images')
+    process.wait_for((tmp_path / 'killed' / result / 'ckpt.pt').exists)
+    process.send(signal.SIGKILL)
+    process.end()
+    read = lambda run: torch.load(tmp_path / run / result / 'ckpt.pt', weights_only=True)
+    assert process.code == -signal.SIGKILL and read('killed')['state']['iteration'] < 30
+    call('bench/diffusion.py', *options, '--out', tmp_path / 'killed')
+    for key, weight in read('whole')['averaged'].items():
+        assert torch.equal(weight, read('killed')['averaged'][key])
+    whole, killed = (np.load(tmp_path / run / result / 'samples_2.npy') for run in ('whole', 'killed'))
+    assert (whole == killed).all()
