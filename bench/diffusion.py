@@ -1,4 +1,4 @@
-"""Train the pixel GPT's rival, a small diffusion model of as many parameters, on a budget of images, and paint with it.
+"""Train the pixel GPT's rival, a small diffusion model of 1.8M parameters, on a budget of images, and paint with it.
 
     pip install -r bench/requirements.txt
     python bench/diffusion.py unet --data data/photos                  # two hours, and painting
@@ -6,9 +6,10 @@
     python bench/quality.py --samples out/diffusion/unet/*/samples_50.npy --ckpt out/two_cores/ckpt6000.pt
 
 A rectified flow (Liu et al. 2022, arXiv 2209.03003): between an image, at time 0, and noise, at time 1, the network
-learns the velocity noise - image, and painting follows it back in Euler's steps. Times are logit-normal, with the noise
-levels of EDM2 (Karras et al. 2023, arXiv 2312.02696). The networks are those of diffusers: a UNet as in DDPM, and DiT
-with patches of 4x4. Muon and AdamW, a cosine schedule, averaged weights and mirrored images, all as in train.py.
+learns the velocity noise - image, and painting follows it back. Times are logit-normal (Esser et al. 2024, arXiv
+2403.03206), their quantiles spread evenly over a batch. The networks are those of diffusers: a UNet much as in DDPM,
+and DiT with patches of 4x4; so is the solver of second order, UniPC (Zhao et al. 2023, arXiv 2302.04867). Muon and
+AdamW, a cosine schedule, averaged weights and mirrored images, as in train.py.
 
 Four learning rates of Muon get a quarter of the budget each; the best by the loss on validation images gets all of it.
 The budget is what an hour of two cores with AVX512-BF16 holds (the pixel GPT: 12,000 images), on any machine.
@@ -16,7 +17,6 @@ The images are the same tokens, each level the middle of its sixteenth of the ra
 has been interrupted goes on where it was; --seed another number for a second run.
 """
 import copy
-import functools
 import math
 import os
 import time
@@ -93,9 +93,9 @@ def velocity(model, x, t):
         return model(x, 1000 * t, return_dict=False, **extra)[0].float()
 
 
-def draw_times(normal):
-    """Standard normal numbers (B,) -> times (B,), by the noise levels that EDM2 trains on at 64x64."""
-    return torch.sigmoid(1.6 * normal - 0.8)
+def draw_times(uniform, mean, std):
+    """Uniform numbers (B,) from 0 to 1 -> times (B,), the sigmoid of a normal distribution's quantiles."""
+    return torch.sigmoid(mean + std * torch.special.ndtri(uniform))
 
 
 def flow_loss(model, images, t, noise):
@@ -106,11 +106,14 @@ def flow_loss(model, images, t, noise):
 
 @torch.no_grad()
 def validation_loss(model, tokens, device, batch=32):
-    """Return the loss on all images of tokens (n, H, W), with the same noise and times for every model."""
+    """Return the loss on all images of tokens (n, H, W), with the same noise and times for every model.
+
+    The times are spread evenly from 0.05 to 1. Before that the noise is less than half a level, and what a network
+    can learn is to round.
+    """
     generator, total = torch.Generator().manual_seed(0), 0.0
     model.eval()
-    evenly = torch.special.ndtri((torch.arange(len(tokens)) + 0.5) / len(tokens))  # a quantile for each image
-    times = draw_times(evenly)[torch.randperm(len(tokens), generator=generator)]
+    times = torch.linspace(0.05, 1, len(tokens))[torch.randperm(len(tokens), generator=generator)]
     for part, t in zip(tokens.split(batch), times.split(batch)):
         images = to_images(part)
         noise = torch.randn(images.shape, generator=generator)
@@ -140,7 +143,9 @@ def configure_optimizers(model, lr, muon_lr):
 def train(args, muon_lr, images, train_tokens, val_tokens, device):
     """Train a network on so many images, or go on with it, and return its averaged weights' loss and the model."""
     iterations = images // args.batch_size
-    name = f'seed{args.seed}_batch{args.batch_size}_lr{args.lr:g}_muon{muon_lr:g}_{images}images'
+    mean, std = args.times
+    name = (f'seed{args.seed}_batch{args.batch_size}_lr{args.lr:g}_muon{muon_lr:g}_times{mean:g}_{std:g}_'
+            f'{images}images')
     folder = args.out / name
     folder.mkdir(parents=True, exist_ok=True)
     path = str(folder / 'ckpt.pt')
@@ -175,13 +180,14 @@ def train(args, muon_lr, images, train_tokens, val_tokens, device):
             scale = min((state['iteration'] + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * progress))
             for optimizer, peak in zip(optimizers, (args.lr, muon_lr)):
                 optimizer.param_groups[0]['lr'] = peak * scale
-            draw = functools.partial(torch.randn, generator=generator, device=device)
-            tokens = train_tokens[torch.randint(len(train_tokens), (args.batch_size,), generator=generator,
-                                                device=device)]
-            mirrored = draw(len(tokens)) < 0
-            tokens = torch.where(mirrored[:, None, None], tokens.flip(2), tokens)
-            x, t = to_images(tokens), draw_times(draw(len(tokens)))
-            loss = flow_loss(model, x, t, draw(x.shape))
+            draw = dict(generator=generator, device=device)
+            tokens = train_tokens[torch.randint(len(train_tokens), (args.batch_size,), **draw)]
+            mirrored = torch.rand(len(tokens), **draw) < 0.5
+            x = to_images(torch.where(mirrored[:, None, None], tokens.flip(2), tokens))
+            # one time from each of as many parts of the distribution as there are images
+            uniform = (torch.randperm(len(x), **draw) + torch.rand(len(x), **draw)) / len(x)
+            t = draw_times(uniform.clamp(1e-6, 1 - 1e-6), mean, std)
+            loss = flow_loss(model, x, t, torch.randn(x.shape, **draw))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
@@ -206,23 +212,25 @@ def train(args, muon_lr, images, train_tokens, val_tokens, device):
 
 
 @torch.inference_mode()
-def paint(model, path, count, steps, shape, device, seed, batch=50):
-    """Save the tokens (count, H, W) of images painted in so many of Euler's steps, or go on with those at path."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
+def paint(model, path, count, steps, shape, device, seed):
+    """Save the tokens (count, H, W) of images painted in so many steps, or go on with those at path."""
+    from diffusers import UniPCMultistepScheduler
+    batch = 250 if device.startswith('cuda') else 16  # 16 stay in a processor's cache
     done = np.load(path) if path.exists() else np.empty((0, *shape), np.uint16)
     began, before = time.monotonic(), len(done)
     for begin in tqdm(range(before, count, batch), desc=f'painting in {steps} steps', unit=f' {batch} images'):
-        scheduler = FlowMatchEulerDiscreteScheduler()
-        scheduler.set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1], device=device)  # the times of the steps
+        # steps are closer together where there is more noise: with too large ones contrast of large areas is lost
+        scheduler = UniPCMultistepScheduler(prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=1.5)
+        scheduler.set_timesteps(steps, device=device)
         generator = torch.Generator().manual_seed(1_000_000 * seed + begin)
         x = torch.randn(min(batch, count - begin), 3, *shape, generator=generator).to(device)
-        for t in scheduler.timesteps:
-            x = scheduler.step(velocity(model, x, (t / 1000).expand(len(x))), t, x).prev_sample
+        for step, t in zip(scheduler.timesteps, scheduler.sigmas):
+            x = scheduler.step(velocity(model, x, t.to(device).expand(len(x))), step, x).prev_sample
         done = np.concatenate((done, to_tokens(x).cpu().numpy().astype(np.uint16)))
         with extras.atomic_write(path) as f:
             np.save(f, done)
     if len(done) > before:
-        print(f'{path}: {(time.monotonic() - began) / (len(done) - before):.2f} s an image')
+        print(f'{path}: {(time.monotonic() - began) / (len(done) - before):.2f} s an image', flush=True)
 
 
 NETWORKS = dict(unet=unet, dit=dit)
@@ -236,6 +244,8 @@ def main():
     parser.add_argument('--muon_lr', type=float, nargs='+', default=[0.005, 0.01, 0.02, 0.04],
                         help='for hidden layers, with Muon, tried for a quarter of it each (0: AdamW for all)')
     parser.add_argument('--lr', type=float, default=6e-3, help='for the others, with AdamW')
+    parser.add_argument('--times', type=float, nargs=2, default=[0.0, 1.4], metavar=('MEAN', 'STD'),
+                        help='of the logit-normal distribution of times')
     parser.add_argument('--batch_size', type=int, default=16, help='images an iteration')
     parser.add_argument('--num_samples', type=int, default=1000)
     parser.add_argument('--steps', type=int, nargs='+', default=[50, 250], help='of painting')

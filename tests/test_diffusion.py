@@ -26,7 +26,7 @@ def test_images_fall_back_into_their_tokens():
 
 @needs_diffusers
 @pytest.mark.parametrize('network', ['unet', 'dit'])
-def test_a_network_has_as_many_parameters_as_the_pixel_gpt(network):
+def test_a_network_has_1_8_million_parameters(network):
     count = sum(p.numel() for p in diffusion.NETWORKS[network]((64, 64)).parameters())
     assert abs(count / 1.8e6 - 1) < 0.05
 
@@ -43,6 +43,31 @@ def test_the_true_velocity_costs_nothing_and_leads_from_noise_to_the_image(tmp_p
     painted = np.load(tmp_path / 'a.npy')
     assert (painted[0] == 0).all() and (painted[1:] == np.arange(0, 4096, 16).reshape(16, 16)).all()
     assert len(painted) == 3
+
+
+@needs_diffusers
+def test_painting_keeps_the_contrast_of_the_whole_image(tmp_path, monkeypatch):
+    """Images of one colour each, of standard deviation 0.3: the noise tells it from a time near 1 on."""
+    first = []
+
+    def velocity(model, x, t):
+        first.append(x)
+        t = t[:, None, None, None]
+        colour = x.mean((2, 3), keepdim=True)
+        variance = t ** 2 / 4096  # of the noise, averaged over 64 x 64 pixels
+        return (t / 4096 - (1 - t) * 0.09) / ((1 - t) ** 2 * 0.09 + variance) * colour + (x - colour) / t
+
+    monkeypatch.setattr(diffusion, 'velocity', velocity)
+    diffusion.paint(None, tmp_path / 'a.npy', 16, 50, (64, 64), 'cpu', seed=1)
+    painted = diffusion.to_images(torch.from_numpy(np.load(tmp_path / 'a.npy').astype(np.int64)))
+    assert (painted == painted[:, :, :1, :1]).all()
+    true = (0.3 * 64 * first[0].mean((2, 3))).clamp(-1, 1)
+    assert 0.94 < (painted[:, :, 0, 0] * true).mean() / (true * true).mean() < 1.03  # 0.8 with Euler's steps
+
+
+def test_times_are_quantiles_of_a_logit_normal_distribution():
+    times = diffusion.draw_times(torch.tensor([0.1587, 0.5, 0.8413]), -0.5, 2.0)
+    assert torch.allclose(torch.logit(times), torch.tensor([-2.5, -0.5, 1.5]), atol=1e-3)
 
 
 @needs_diffusers
@@ -70,13 +95,14 @@ def test_muon_moves_a_hidden_layer_as_far_in_every_direction_and_adamw_the_ends(
 
 @needs_diffusers
 @pytest.mark.parametrize('network', ['unet', 'dit'])
-def test_a_network_trains_with_each_learning_rate_and_then_with_the_best_paints_and_is_measured(network, data, tmp_path):
+def test_a_network_trains_at_every_rate_and_on_at_the_best_paints_and_is_measured(network, data, tmp_path):
     out = call('bench/diffusion.py', network, '--data', data, '--batch_size', 4, '--images', 40, '--muon_lr', 0, 0.02,
                '--steps', 3, '--num_samples', 7, '--out', tmp_path)
     assert out.count('validation loss') == 3
-    state = lambda folder: torch.load(folder / 'ckpt.pt', weights_only=True)['state']
-    losses = {muon: state(tmp_path / f'seed1_batch4_lr0.006_muon{muon}_10images')['loss'] for muon in ('0', '0.02')}
-    best = tmp_path / f'seed1_batch4_lr0.006_muon{min(losses, key=losses.get)}_40images'
+    state = lambda run: torch.load(run / 'ckpt.pt', weights_only=True)['state']
+    folder = lambda muon, images: tmp_path / f'seed1_batch4_lr0.006_muon{muon}_times0_1.4_{images}images'
+    losses = {muon: state(folder(muon, 10))['loss'] for muon in ('0', '0.02')}
+    best = folder(min(losses, key=losses.get), 40)
     assert state(best)['iteration'] == 10
     painted = np.load(best / 'samples_3.npy')
     assert painted.shape == (7, 16, 16) and painted.dtype == np.uint16 and painted.max() < 4096
@@ -94,7 +120,7 @@ def test_a_training_that_was_killed_comes_out_the_same(data, tmp_path):
     often.write_text(f'import sys\nsys.path.insert(0, {str(ROOT / "bench")!r})\nimport diffusion, extras\n'
                      'diffusion.SAVE_EVERY = 0\nextras.run(diffusion.main)\n')
     process = Script(often, *options, '--out', tmp_path / 'killed')
-    result = Path('seed1_batch4_lr0.006_muon0.02_120images')
+    result = Path('seed1_batch4_lr0.006_muon0.02_times0_1.4_120images')
     process.wait_for((tmp_path / 'killed' / result / 'ckpt.pt').exists)
     process.send(signal.SIGKILL)
     process.end()
