@@ -3,7 +3,7 @@
     pip install -r bench/requirements.txt
     python bench/diffusion.py unet --data data/photos                  # two hours, and painting
     python bench/diffusion.py dit --data data/photos --images 30000
-    python bench/quality.py --samples out/diffusion/unet/*/samples_50.npy --ckpt out/two_cores/ckpt6000.pt
+    python bench/quality.py --samples out/diffusion/unet/*/samples_50_stop0.15.npy --ckpt out/two_cores/ckpt6000.pt
 
 A rectified flow (Liu et al. 2022, arXiv 2209.03003): between an image, at time 0, and noise, at time 1, the network
 learns the velocity noise - image, and painting follows it back. Times are logit-normal (Esser et al. 2024, arXiv
@@ -212,8 +212,12 @@ def train(args, muon_lr, images, train_tokens, val_tokens, device):
 
 
 @torch.inference_mode()
-def paint(model, path, count, steps, shape, device, seed):
-    """Save the tokens (count, H, W) of images painted in so many steps, or go on with those at path."""
+def paint(model, path, count, steps, stop, shape, device, seed):
+    """Save the tokens (count, H, W) of images painted in so many steps, or go on with those at path.
+
+    From the first step at or before the time stop on, the prediction is taken as it is: there is nothing left to
+    learn but rounding, and small steps add grain.
+    """
     from diffusers import UniPCMultistepScheduler
     batch = 250 if device.startswith('cuda') else 16  # 16 stay in a processor's cache
     done = np.load(path) if path.exists() else np.empty((0, *shape), np.uint16)
@@ -225,7 +229,11 @@ def paint(model, path, count, steps, shape, device, seed):
         generator = torch.Generator().manual_seed(1_000_000 * seed + begin)
         x = torch.randn(min(batch, count - begin), 3, *shape, generator=generator).to(device)
         for step, t in zip(scheduler.timesteps, scheduler.sigmas):
-            x = scheduler.step(velocity(model, x, t.to(device).expand(len(x))), step, x).prev_sample
+            direction = velocity(model, x, t.to(device).expand(len(x)))
+            if t <= stop:
+                x = x - t * direction
+                break
+            x = scheduler.step(direction, step, x).prev_sample
         done = np.concatenate((done, to_tokens(x).cpu().numpy().astype(np.uint16)))
         with extras.atomic_write(path) as f:
             np.save(f, done)
@@ -249,6 +257,7 @@ def main():
     parser.add_argument('--batch_size', type=int, default=16, help='images an iteration')
     parser.add_argument('--num_samples', type=int, default=1000)
     parser.add_argument('--steps', type=int, nargs='+', default=[50, 250], help='of painting')
+    parser.add_argument('--stop', type=float, default=0.15, help='time of its last step')
     parser.add_argument('--seed', type=int, default=1)
     parser.add_argument('--out', type=Path, help='out/diffusion/<network>')
     args = parser.parse_args()
@@ -268,7 +277,8 @@ def main():
         print(f'{best:g} is the best of these learning rates, and the last of them: try a few beyond it', flush=True)
     _, model, folder = train(args, best, args.images, *data)
     for steps in args.steps:
-        paint(model, folder / f'samples_{steps}.npy', args.num_samples, steps, shape, device, args.seed)
+        path = folder / f'samples_{steps}_stop{args.stop:g}.npy'
+        paint(model, path, args.num_samples, steps, args.stop, shape, device, args.seed)
 
 
 if __name__ == '__main__':

@@ -39,10 +39,25 @@ def test_the_true_velocity_costs_nothing_and_leads_from_noise_to_the_image(tmp_p
     noise, t = torch.randn(5, 3, 16, 16), torch.rand(5)
     assert diffusion.flow_loss(None, image.expand(5, -1, -1, -1), t, noise) < 1e-6
     np.save(tmp_path / 'a.npy', np.zeros((1, 16, 16), np.uint16))  # painted earlier, and kept
-    diffusion.paint(None, tmp_path / 'a.npy', 3, 7, (16, 16), 'cpu', seed=1)
+    diffusion.paint(None, tmp_path / 'a.npy', 3, 7, 0.15, (16, 16), 'cpu', seed=1)
     painted = np.load(tmp_path / 'a.npy')
     assert (painted[0] == 0).all() and (painted[1:] == np.arange(0, 4096, 16).reshape(16, 16)).all()
     assert len(painted) == 3
+
+
+@needs_diffusers
+@pytest.mark.parametrize('stop, below', [(0.15, 1), (0, 5)])
+def test_painting_stops_early_and_takes_the_prediction(tmp_path, monkeypatch, stop, below):
+    image, times = diffusion.to_images(torch.arange(0, 4096, 16).view(1, 16, 16)), []
+
+    def velocity(model, x, t):
+        times.append(t[0].item())
+        return (x - image) / t[:, None, None, None]
+
+    monkeypatch.setattr(diffusion, 'velocity', velocity)
+    diffusion.paint(None, tmp_path / 'a.npy', 2, 50, stop, (16, 16), 'cpu', seed=1)
+    assert times == sorted(times, reverse=True) and sum(t <= 0.15 for t in times) == below
+    assert (np.load(tmp_path / 'a.npy') == np.arange(0, 4096, 16).reshape(16, 16)).all()
 
 
 @needs_diffusers
@@ -58,7 +73,7 @@ def test_painting_keeps_the_contrast_of_the_whole_image(tmp_path, monkeypatch):
         return (t / 4096 - (1 - t) * 0.09) / ((1 - t) ** 2 * 0.09 + variance) * colour + (x - colour) / t
 
     monkeypatch.setattr(diffusion, 'velocity', velocity)
-    diffusion.paint(None, tmp_path / 'a.npy', 16, 50, (64, 64), 'cpu', seed=1)
+    diffusion.paint(None, tmp_path / 'a.npy', 16, 50, 0.15, (64, 64), 'cpu', seed=1)
     painted = diffusion.to_images(torch.from_numpy(np.load(tmp_path / 'a.npy').astype(np.int64)))
     assert (painted == painted[:, :, :1, :1]).all()
     true = (0.3 * 64 * first[0].mean((2, 3))).clamp(-1, 1)
@@ -104,9 +119,9 @@ def test_a_network_trains_at_every_rate_and_on_at_the_best_paints_and_is_measure
     losses = {muon: state(folder(muon, 10))['loss'] for muon in ('0', '0.02')}
     best = folder(min(losses, key=losses.get), 40)
     assert state(best)['iteration'] == 10
-    painted = np.load(best / 'samples_3.npy')
+    painted = np.load(best / 'samples_3_stop0.15.npy')
     assert painted.shape == (7, 16, 16) and painted.dtype == np.uint16 and painted.max() < 4096
-    out = call('bench/quality.py', '--samples', best / 'samples_3.npy', '--data', data, '--num_samples', 8,
+    out = call('bench/quality.py', '--samples', best / 'samples_3_stop0.15.npy', '--data', data, '--num_samples', 8,
                '--out', tmp_path)
     assert 'sliced Wasserstein distance' in out and '7 images in each set' in out
 
@@ -129,5 +144,5 @@ def test_a_training_that_was_killed_comes_out_the_same(data, tmp_path):
     call('bench/diffusion.py', *options, '--out', tmp_path / 'killed')
     for key, weight in read('whole')['averaged'].items():
         assert torch.equal(weight, read('killed')['averaged'][key])
-    whole, killed = (np.load(tmp_path / run / result / 'samples_2.npy') for run in ('whole', 'killed'))
+    whole, killed = (np.load(tmp_path / run / result / 'samples_2_stop0.15.npy') for run in ('whole', 'killed'))
     assert (whole == killed).all()
