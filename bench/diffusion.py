@@ -3,7 +3,7 @@
     pip install -r bench/requirements.txt
     python bench/diffusion.py unet --data data/photos                  # two hours, and painting
     python bench/diffusion.py dit --data data/photos --images 30000
-    python bench/quality.py --samples out/diffusion/unet/*/samples_50_stop0.15.npy --ckpt out/two_cores/ckpt6000.pt
+    python bench/quality.py --samples out/diffusion/unet/*/samples_50_stop0.1.npy --ckpt out/two_cores/ckpt6000.pt
 
 A rectified flow (Liu et al. 2022, arXiv 2209.03003): between an image, at time 0, and noise, at time 1, the network
 learns the velocity noise - image, and painting follows it back. Times are logit-normal (Esser et al. 2024, arXiv
@@ -257,7 +257,7 @@ def main():
     parser.add_argument('--batch_size', type=int, default=16, help='images an iteration')
     parser.add_argument('--num_samples', type=int, default=1000)
     parser.add_argument('--steps', type=int, nargs='+', default=[50, 250], help='of painting')
-    parser.add_argument('--stop', type=float, default=0.15, help='time of its last step')
+    parser.add_argument('--stop', type=float, default=0.1, help='time of its last step')
     parser.add_argument('--seed', type=int, default=1)
     parser.add_argument('--out', type=Path, help='out/diffusion/<network>')
     args = parser.parse_args()

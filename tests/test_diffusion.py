@@ -119,9 +119,9 @@ def test_a_network_trains_at_every_rate_and_on_at_the_best_paints_and_is_measure
     losses = {muon: state(folder(muon, 10))['loss'] for muon in ('0', '0.02')}
     best = folder(min(losses, key=losses.get), 40)
     assert state(best)['iteration'] == 10
-    painted = np.load(best / 'samples_3_stop0.15.npy')
+    painted = np.load(best / 'samples_3_stop0.1.npy')
     assert painted.shape == (7, 16, 16) and painted.dtype == np.uint16 and painted.max() < 4096
-    out = call('bench/quality.py', '--samples', best / 'samples_3_stop0.15.npy', '--data', data, '--num_samples', 8,
+    out = call('bench/quality.py', '--samples', best / 'samples_3_stop0.1.npy', '--data', data, '--num_samples', 8,
                '--out', tmp_path)
     assert 'sliced Wasserstein distance' in out and '7 images in each set' in out
 
@@ -144,5 +144,5 @@ def test_a_training_that_was_killed_comes_out_the_same(data, tmp_path):
     call('bench/diffusion.py', *options, '--out', tmp_path / 'killed')
     for key, weight in read('whole')['averaged'].items():
         assert torch.equal(weight, read('killed')['averaged'][key])
-    whole, killed = (np.load(tmp_path / run / result / 'samples_2_stop0.15.npy') for run in ('whole', 'killed'))
+    whole, killed = (np.load(tmp_path / run / result / 'samples_2_stop0.1.npy') for run in ('whole', 'killed'))
     assert (whole == killed).all()
