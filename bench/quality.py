@@ -145,14 +145,16 @@ def row_means(rgb):
 
 
 def power_spectrum(rgb):
-    """Return log10 of the mean power of luminance at the spatial frequencies 1 .. H / 2 - 1, under a Hann window."""
+    """Return log10 of the mean power of luminance at the spatial frequencies 1 .. S / 2 - 1, under a Hann window.
+
+    They count waves along the shorter side, S.
+    """
     y = luminance(rgb)
     y = y - y.mean((1, 2), keepdims=True)
-    size = y.shape[1]
-    window = np.hanning(size)
-    power = (np.abs(np.fft.fft2(y * window * window[:, None])) ** 2).mean(0)
-    frequency = np.fft.fftfreq(size, 1 / size)
-    radius = np.hypot(frequency, frequency[:, None]).round()
+    _, height, width = y.shape
+    power = (np.abs(np.fft.fft2(y * np.hanning(width) * np.hanning(height)[:, None])) ** 2).mean(0)
+    size = min(height, width)
+    radius = np.hypot(size * np.fft.fftfreq(width), size * np.fft.fftfreq(height)[:, None]).round()
     return np.log10([power[radius == r].mean() for r in range(1, size // 2)])
 
 

@@ -125,6 +125,13 @@ def test_turning_an_image_swaps_across_and_down(measured):
     assert turned['power spectrum, slope'] == pytest.approx(same['power spectrum, slope'], abs=1e-6)
 
 
+def test_oblong_images_are_measured_too(sets, measured):
+    real, train = sets['real'][:, 8:56], sets['train'][:, 8:56]
+    same = quality.compare(real, real, quality.small(train), seeds=1)
+    assert same['power spectrum, slope'] == pytest.approx(measured('same')['power spectrum, slope'], abs=0.2)
+    assert same['power spectrum, error in log10'] == 0 and same['coverage, 16x16 pixels'] == 1
+
+
 def test_a_mirrored_training_image_is_found(sets):
     train = sets['train']
     distances, indices = quality.nearest(quality.small(train[:5, :, ::-1]), quality.small(train))
