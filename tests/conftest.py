@@ -45,10 +45,15 @@ def torchrun(*args):
     return [*launcher, str(ROOT / 'train.py'), *map(str, args)]
 
 
+def heed_ctrl_c():
+    """For preexec_fn of subprocess: `make test &` ignores Ctrl-C, and so would a child."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def run_script(script, args, output, cwd, env):
     """What python does with a script, in a process of its own that has imported torch already."""
     multiprocessing.set_start_method(None, force=True)  # for its own children: the usual one
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # `make test &` ignores Ctrl-C, and so would a child
+    heed_ctrl_c()
     os.chdir(cwd)
     os.environ.update(env)
     with open(output, 'w') as f:

@@ -17,7 +17,7 @@ from PIL import Image
 
 import extras
 import prepare
-from conftest import ENV, PIPED, call, command, wait_until
+from conftest import ENV, PIPED, call, command, heed_ctrl_c, wait_until
 from helpers import PHOTOS, needs_photos
 
 
@@ -178,8 +178,6 @@ def test_an_interrupted_run_leaves_the_old_data(pictures, tmp_path, how):
     call('prepare.py', '--source', pictures, '--size', 16, '--out_dir', tmp_path)
     before = digests(tmp_path)
     args = ['--source', 'synthetic', '--num_images', 5000, '--size', 64, '--out_dir', tmp_path, '--workers', 1]
-    # `make test &` ignores Ctrl-C, and so would a child
-    heed_ctrl_c = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command('prepare.py', *args), env=ENV, stderr=subprocess.PIPE, text=True,
                                preexec_fn=heed_ctrl_c)
     scratch = tmp_path / '.partial' / 'rows'

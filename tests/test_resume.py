@@ -15,8 +15,8 @@ import torch
 
 import extras
 import train
-from conftest import (ENV, PIPED, RECOMMENDED, ROOT, TINY, WARM, Script, call, call_two_ranks, command, torchrun,
-                      wait_until)
+from conftest import (ENV, PIPED, RECOMMENDED, ROOT, TINY, WARM, Script, call, call_two_ranks, command, heed_ctrl_c,
+                      torchrun, wait_until)
 from helpers import load, log, run, same
 
 # -----------------------------------------------------------------------------
@@ -259,7 +259,6 @@ def test_a_second_signal_stops_at_once(data, tmp_path):
 @pytest.mark.parametrize('how', ['SIGTERM to torchrun', 'Ctrl-C in its terminal'])
 def test_two_ranks_stop_together(data, tmp_path, how):
     two_ranks = torchrun(*TINY, f'--data_dir={data}', f'--out_dir={tmp_path}', '--max_iters=100000')
-    heed_ctrl_c = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(two_ranks, **PIPED, start_new_session=True, preexec_fn=heed_ctrl_c)
     wait_until(lambda: logged_up_to(tmp_path) >= 10 or process.poll() is not None)
     assert process.poll() is None, process.stdout.read()
