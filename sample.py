@@ -11,6 +11,7 @@ Shapes: B images of N pixels, H rows of W columns; n pixels of a wave; C, nh, hs
 import argparse
 import collections
 import functools
+import logging
 import math
 import os
 import random
@@ -470,6 +471,7 @@ def save_gif(path, images, shape, given, stride, lay_out):
 # the page
 
 PAINTER = threading.Lock()  # paints alone: inference_settings are those of the whole process
+ENDING = threading.Event()  # Ctrl-C has been pressed: Python waits at its end for every thread that still paints
 
 
 @functools.lru_cache(maxsize=2)
@@ -489,7 +491,7 @@ def paint_live(model, prompts, args, device):
     painted, so_far, closed = [], collections.deque(maxlen=1), threading.Event()
 
     def progress(pixels, images):
-        if closed.is_set():
+        if closed.is_set() or ENDING.is_set():
             raise KeyboardInterrupt  # a thread can only be stopped from inside
         so_far.append([*painted, *images.cpu().numpy()])
 
@@ -576,10 +578,12 @@ def build_page(args, device):
             grow = functools.partial(lay_out, prompts=prompts, count=count, original=original)
             png, gif = (os.path.join(folder, f'painting_{options.seed}.{ending}') for ending in ('png', 'gif'))
             began = time.monotonic()
+            line = 'painting ...'
             for images in paint_live(model, prompts, options, device):
                 # as a file: Gradio would write a PIL image again although a browser may be reading an equal one
                 extras.save_picture(grow(images), png)
-                yield png, 'painting ...', no_gif
+                yield png, line, no_gif
+                line = gr.skip()  # not again: a picture that is on its way when Stop is pressed arrives after 'stopped'
             seconds, known = time.monotonic() - began, len(prompts[0])
             pixels = len(images) * (height * width - known)
             yield png, 'making the GIF ...', no_gif
@@ -677,7 +681,9 @@ def serve_page(args, device):
             while True:
                 time.sleep(1)
         except KeyboardInterrupt:
+            ENDING.set()
             page.server.force_exit = True  # without waiting for visitors, who may still listen
+            logging.disable()  # the server would print a traceback for each of them
             page.close(verbose=False)
 
 

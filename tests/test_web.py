@@ -41,7 +41,8 @@ def serving(command, cwd):
         assert address, ''.join(printed)
         yield address[0], process
         process.send_signal(signal.SIGINT)  # unless the test has ended it
-        assert process.wait(15) == 0
+        process.communicate(timeout=15)
+        assert process.returncode == 0
     finally:
         process.kill()
     assert sorted(cwd.iterdir()) == before and list(scratch.iterdir()) == []  # nothing stays behind
@@ -96,7 +97,10 @@ def test_the_page_paints_what_the_command_paints(client, trained, tmp_path, firs
         picture, line, gif = client.predict(*web, '#ff8855', api_name='/from_pixel')
         shell += ['--first_pixel', first]
     else:
-        picture, line, gif = client.predict(*web, api_name='/paint')
+        job = client.submit(*web, api_name='/paint')
+        picture, line, gif = job.result()
+        lines = [line for _, line, _ in job.outputs()]
+        assert lines.count('painting ...') == 1 < len(lines)  # later, it would overwrite what the button Stop says
     call('sample.py', *shell, '--scale', 17, '--gif', '--out', tmp_path / 'a.png')
     assert np.array_equal(pixels(picture), pixels(tmp_path / 'a.png'))
     assert open(gif['value'], 'rb').read() == (tmp_path / 'a.gif').read_bytes()
@@ -247,32 +251,35 @@ def test_in_a_browser(tmp_path):
         page.wait_for_timeout(1000)
         assert painting() == stopped and page.get_by_text('stopped').count()
 
-        # uploads of every kind, and one that is none
+        # uploads of every kind, the last of them completed, and one that is none
         page.get_by_role('tab', name='Complete').click()
         page.get_by_label('1', exact=True).check()
         page.get_by_label('number input for rows to keep').fill('60')
         (tmp_path / 'none.jpg').write_text('no picture')
         for upload in sorted(PHOTOS.iterdir()) if PHOTOS.is_dir() else [ROOT / 'out' / 'readme' / 'first_F85.png']:
+            if page.get_by_label('Clear').count():
+                page.get_by_label('Clear').first.click()
             before = painting()
             page.locator('input[type=file]').first.set_input_files(upload)
             changes(before)
-            preview = painting()
-            page.get_by_role('button', name='Complete', exact=True).click()
-            changes(preview)
-            status('256 pixels in')
-            page.get_by_label('number input for rows to keep').fill('')  # while another number is typed
-            page.get_by_label('number input for rows to keep').fill('60')
-            page.get_by_label('Clear').first.click()
+        preview = painting()
+        page.get_by_role('button', name='Complete', exact=True).click()
+        changes(preview)
+        status('256 pixels in')
+        page.get_by_label('number input for rows to keep').fill('')  # while another number is typed
+        page.get_by_label('number input for rows to keep').fill('60')
+        page.get_by_label('Clear').first.click()
         assert not page.get_by_text(re.compile('Could not preprocess|less than minimum')).count()
         page.locator('input[type=file]').first.set_input_files(tmp_path / 'none.jpg')
         page.get_by_text('none.jpg cannot be read as a picture').wait_for(timeout=10_000)
         assert [url for url in elsewhere if not url.startswith(('http://127.0.0.1', 'data:', 'blob:'))] == []
 
-        # Ctrl-C in the middle of a painting, with the page open: serving looks at what stays
+        # Ctrl-C in the middle of a painting, with the page open, ends it at once: serving looks at what stays
         page.get_by_role('tab', name='Paint').click()
         page.get_by_label('9', exact=True).check()
+        before = painting()
         page.get_by_role('button', name='Paint', exact=True).click()
-        status('painting ...')
+        changes(before)
         process.send_signal(signal.SIGINT)
-        assert process.wait(15) == 0
+        assert process.communicate(timeout=10) == ('', None) and process.returncode == 0
         browser.close()
