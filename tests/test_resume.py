@@ -310,11 +310,12 @@ def test_a_run_in_the_folder_is_not_touched_unless_told(data, trained, tmp_path)
 def test_compilers_fail_before_anything_is_written(data, trained, tmp_path):
     shutil.copytree(trained, tmp_path / 'out')
     before = contents(tmp_path / 'out')
-    args = [*TINY, f'--data_dir={data}', f'--out_dir={tmp_path}/out', '--overwrite=True', '--compile=True']
-    no_compiler = {**ENV, 'CXX': '/nowhere/c++', 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache')}
-    done = subprocess.run(command('train.py', *args), **{**PIPED, 'env': no_compiler})
-    assert done.returncode == 1 and 'Traceback' not in done.stdout
-    assert done.stdout.splitlines()[-1].startswith('error: torch.compile does not work here')
+    no_compiler = {'PATH': str(tmp_path), 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache')}
+    process = Script('train.py', *TINY, f'--data_dir={data}', f'--out_dir={tmp_path}/out', '--overwrite=True',
+                     '--compile=True', env=no_compiler)
+    printed = process.end()
+    assert process.code == 1 and 'Traceback' not in printed
+    assert printed.splitlines()[-1].startswith('error: torch.compile does not work here')
     assert contents(tmp_path / 'out') == before
 
 
