@@ -281,5 +281,5 @@ def test_in_a_browser(tmp_path):
         page.get_by_role('button', name='Paint', exact=True).click()
         changes(before)
         process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=10) == ('', None) and process.returncode == 0
+        assert process.communicate(timeout=30) == ('', None) and process.returncode == 0
         browser.close()
