@@ -190,7 +190,8 @@ class Decoder:
             previous[::W] = 0
         offsets = torch.tensor([y * row + x for y, x in NEIGHBOURS[:max(c.neighbours, 2)]], device=device)
         self.neighbours = self.cells[:, None] + offsets  # where the neighbours of each one lie, (H * W, K)
-        # from the top down, the columns of a wave go right to left by stride: as lanes they follow each other
+        # lanes of column attention: a wave's columns from the top down, x, x - stride, ..., follow each other, so that
+        # they are a slice. In a picture 6 wide with stride 3: columns 3 0 4 1 5 2
         longest = -(-W // self.stride)  # columns of the longest wave
         lane = (x % self.stride + 1) * longest - 1 - x // self.stride
         self.shift = int(not c.start_embedding)  # from a pixel back to the position that predicts it
@@ -246,7 +247,8 @@ class Decoder:
             if c.relative_neighbours:
                 hidden += self.stem_diff(self.model.transformer.stem.differences(neighbours[:, :c.neighbours]))
             x = x + self.stem_proj(F.gelu(hidden))
-        places = {kind: self.cache_places(kind, column, row, lane, position) for kind in set(c.attention.split())}
+        kinds = {kind for kind, *_ in self.layers}
+        places = {kind: self.cache_places(kind, column, row, lane, position) for kind in kinds}
         for (kind, ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), cache in zip(self.layers, self.cache):
             qkv = c_attn(ln_1(x)).view(n, B, 3, c.n_head, -1).transpose(1, 2).flatten(2, 3)  # (n, 3, B * nh, hs)
             x = x + attn_proj(attend(qkv, cache, *places[kind], c.exclusive).view(n * B, -1))
@@ -258,30 +260,30 @@ class Decoder:
         return logits
 
     def cache_places(self, kind, column, row, lane, position):
-        """Return where the cache keeps n pixels, as pairs (lane, slot); an index of what they attend to; its mask."""
+        """Return where the cache keeps n pixels, [(lane, slot), ...], an index of what they read, and its mask."""
         if kind == 'full':  # one pixel, the positions up to its own
-            own = [(torch.zeros_like(position), position)]
+            write = [(torch.zeros_like(position), position)]
             if self.views:
-                return own, np.s_[:, :, :, :int(position) + 1], self.wte.new_zeros(1, 1, 1)
+                return write, np.s_[:, :, :, :int(position) + 1], self.wte.new_zeros(1, 1, 1)
             seen = torch.arange(self.model.config.block_size, device=position.device) <= position
-            return own, np.s_[:], torch.where(seen, 0.0, -math.inf)
+            return write, np.s_[:], torch.where(seen, 0.0, -math.inf)
         if kind == 'local':
-            lane, own, mask = row, [(row, self.width + column), (row + 1, column)], self.masks[kind][column]
+            lane, write, mask = row, [(row, self.width + column), (row + 1, column)], self.masks[kind][column]
         else:
-            own, mask = [(lane, row)], self.masks[kind][row]
+            write, mask = [(lane, row)], self.masks[kind][row]
         lanes = slice(int(lane[0]), int(lane[0]) + len(lane)) if self.views else lane
-        return own, np.s_[:, lanes], mask.flatten(0, 1)
+        return write, np.s_[:, lanes], mask.flatten(0, 1)
 
 
-def attend(qkv, cache, own, seen, mask, exclusive):
+def attend(qkv, cache, write, read, mask, exclusive):
     """Put keys and values of a wave into the cache and attend to it: (n, 3, B * nh, hs) -> (n * B * nh, 1, hs)."""
-    for lane, slot in own:
+    for lane, slot in write:
         cache[:, lane, :, slot] = qkv[:, 1:]
-    k, v = cache[seen].flatten(1, 2)  # (n * B * nh, slots, hs); lanes in a slice are not copied
-    q, _, own_v = qkv.transpose(0, 1).reshape(3, len(k), 1, -1)
+    k, v = cache[read].flatten(1, 2)  # (n * B * nh, slots, hs); lanes in a slice are not copied
+    q, _, own = qkv.transpose(0, 1).reshape(3, len(k), 1, -1)
     scores = torch.baddbmm(mask, q, k.mT, alpha=q.size(2) ** -0.5)  # (n * B * nh, 1, slots)
     y = torch.bmm(scores.softmax(-1), v)
-    return without(y, own_v) if exclusive else y
+    return without(y, own) if exclusive else y
 
 
 def layer_norm(module):
@@ -334,18 +336,17 @@ def adapt_threads(waves, most, few=8):
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    began, limit = 0.0, math.inf
-    for i, wave in enumerate(waves):
-        now = time.perf_counter()
-        if i == 6 * few and min(before, most) > 1:  # the first waves are short; one thread took so long for the last 8
-            limit = 1.1 * (now - began)
+    alone = math.inf  # seconds that one thread takes for a few waves, once more threads are tried
+    for begin in range(0, len(waves), few):
+        began = time.perf_counter()
+        for wave in waves[begin:begin + few]:
+            yield wave
+            if time.perf_counter() - began > 1.1 * alone:  # slower: one thread for the rest
+                torch.set_num_threads(1)
+                alone = math.inf
+        if begin == 5 * few and min(before, most) > 1:  # the first waves are short
+            alone = time.perf_counter() - began
             torch.set_num_threads(min(before, most))
-        elif now - began > limit:
-            limit = math.inf  # slower: one thread for the rest
-            torch.set_num_threads(1)
-        if i % few == 0:
-            began = now
-        yield wave
     torch.set_num_threads(before)
 
 
@@ -361,7 +362,8 @@ def inference_settings(model):
     torch.set_float32_matmul_precision('highest')
     torch.backends.mkldnn.enabled = False
     try:
-        with torch.inference_mode(), torch.autocast(model.lm_head.weight.device.type, enabled=False):
+        with (torch.inference_mode(), torch.autocast(model.lm_head.weight.device.type, enabled=False),
+              torch.cuda.device_of(model.lm_head.weight)):  # streams and graphs belong to the current GPU
             yield
     finally:
         model.train(training)
@@ -452,7 +454,7 @@ def sheet(images, shape, scale, prompt, original, columns=None):
 
 
 def save_gif(path, images, shape, given, stride, lay_out):
-    """Save images (tokens_per_image,) being painted, in as many frames as rows, after the given pixels of each.
+    """Save images (tokens_per_image,) being painted, a frame for each row and one before, from the given pixels on.
 
     stride: that of the waves, see wave_stride. lay_out: images -> the picture of a frame.
     """
@@ -561,7 +563,7 @@ def build_page(args, device):
         images = [*images, *to_come[len(images):]]
         cells = len(images) + 2 * (original is not None)  # with the rows kept, the original
         columns = cells if cells <= 3 else math.ceil(cells ** 0.5)
-        return sheet(images, shape, max(1, 560 // (columns * width)), prompts[0], original)
+        return sheet(images, shape, max(1, 560 // (columns * width)), prompts[0], original, columns)
 
     def paint(make_prompts, count, ckpt, seed, temperature, top_k, top_p, *inputs):
         """Paint: yields the sheet as it grows, a line to go below it and, in the end, a GIF of the painting."""

@@ -22,7 +22,7 @@ KINDS = {
     'plain': {},
     'ancestor': dict(start_embedding=False),
     'full': TWO_DIMENSIONAL,
-    'local': {**TWO_DIMENSIONAL, 'attention': 'local'},
+    'local': {**TWO_DIMENSIONAL, 'attention': 'local local local column'},  # the fourth of three layers
     'column': {**TWO_DIMENSIONAL, 'attention': 'column', 'neighbours': 24},
     'local column': {**TWO_DIMENSIONAL, 'attention': 'local column full', 'alibi': True},
     'reach': {**TWO_DIMENSIONAL, 'attention': 'local column', 'alibi': True, 'reach': 2},

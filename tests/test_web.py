@@ -128,13 +128,14 @@ def test_the_page_completes_what_the_command_completes(client, trained, data, tm
     png, _, _ = client.predict(upload, 5, api_name='/preview')
     kept, before = cells(png, 2, 2, 272)
     assert (kept[:5] == original[:5]).all() and (kept[5:] == 0x666).all() and (before == original).all()
-    web, shell = settings(trained, count=4)
-    png, _, _ = client.predict(*web, upload, 5, api_name='/complete')
-    call('sample.py', *shell, '--image', tmp_path / 'photo.png', '--rows', 5, '--out', tmp_path / 'a.png')
-    kept, *completed, last = cells(png, 6, 3, 176)
-    assert (kept[:5] == original[:5]).all() and (kept[5:] == 0x666).all() and (last == original).all()
-    for i, tokens in enumerate(completed):
-        assert (tokens == extras.pack_rgb(pixels(tmp_path / f'a_{i}.png'))).all()
+    for count in (4, 1):
+        web, shell = settings(trained, count=count)
+        png, _, _ = client.predict(*web, upload, 5, api_name='/complete')
+        call('sample.py', *shell, '--image', tmp_path / 'photo.png', '--rows', 5, '--out', tmp_path / 'a.png')
+        kept, *completed, last = cells(png, count + 2, 3, 176)
+        assert (kept[:5] == original[:5]).all() and (kept[5:] == 0x666).all() and (last == original).all()
+        for i, tokens in enumerate(completed):
+            assert (tokens == extras.pack_rgb(pixels(tmp_path / f'a_{i}.png'))).all()
 
 
 @needs_gradio
