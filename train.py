@@ -68,7 +68,7 @@ class TrainConfig:
     max_iters: int = key(10000, 'iterations', 'more than 0')
     learning_rate: float = key(6e-4, 'peak of the schedule: linear warm-up, cosine decay', 'more than 0')
     min_lr: float = key(6e-5, 'end of the schedule, at max_iters', '0 or more')
-    muon_lr: float = key(0.0, 'peak for the matrices between embeddings and head, with Muon (0: AdamW)', '0 or more')
+    muon_lr: float = key(0.0, 'peak for all other matrices than embeddings, with Muon (0: AdamW)', '0 or more')
     warmup_iters: int = key(200, 'iterations of the warm-up', '0 or more')
     weight_decay: float = key(0.1, 'of embeddings and matrices, by AdamW and Muon', '0 or more')
     beta1: float = key(0.9, 'decay of the first moment in AdamW', '0 or more and less than 1')
@@ -105,7 +105,7 @@ def epoch_order(seed, epoch, images):
 
 
 def get_batch(data, indices, config, meta, device):
-    """Return the images at indices of the endless sequence of epochs, (B, T) int64."""
+    """Return the images at indices of the endless sequence of epochs, (B, T) int64: inputs and targets in one."""
     rows = []
     for index in indices:
         epoch, i = divmod(index, len(data))
@@ -135,11 +135,12 @@ def get_lr(iteration, config):
 
 @torch.no_grad()
 def update_average(averaged_model, model, iteration, mean_age):
-    """Take the weights of model after an iteration (from 1 on) into an average of this mean age, a fraction of the run.
+    """Take the weights of model after an iteration (from 1 on) into an average; mean_age is a fraction of iteration.
 
     The power-law average of Karras et al. 2023 (arXiv 2312.02696): its window grows with the run, so that an early
     checkpoint gets a short one.
     """
+    # weights of iteration i count like i ** (1 / mean_age - 2): their mean age is mean_age * iteration
     beta = (1 - 1 / iteration) ** (1 / mean_age - 1)
     torch._foreach_lerp_(list(averaged_model.parameters()), list(model.parameters()), 1 - beta)
 
@@ -170,7 +171,7 @@ def evaluate(model, data, config, machine, signals=()):
 
 
 def save_samples(path, model, data, config, meta, signals=()):
-    """Paint num_samples images, with the same noise at every evaluation, and save a sheet; give up after a signal."""
+    """Paint num_samples images, with the same noise at every evaluation, and save a sheet: whether no signal came."""
     prompts = np.zeros((config.num_samples, 0))
     if not config.start_embedding:  # the first pixels of real images
         prompts = np.resize(data[:config.num_samples, :1], (config.num_samples, 1))
@@ -187,6 +188,8 @@ def save_samples(path, model, data, config, meta, signals=()):
         tokens = model.generate(prompts, temperature=config.temperature, generator=generator, progress=progress)
         images = tokens.reshape(-1, meta['height'], meta['width'])
         extras.save_picture(extras.sheet([extras.to_image(image, scale=2) for image in images]), path)
+        return True
+    return False
 
 # -----------------------------------------------------------------------------
 # the log
@@ -332,7 +335,7 @@ def find_checkpoint(config):
     runs = {}
     for path, head in heads.items():
         if head['run']:  # not weights alone
-            runs.setdefault(head['run'].get('id'), []).append(path)
+            runs.setdefault(head['run']['id'], []).append(path)
     if not runs and heads:
         weights = next(iter(heads))
         raise UserError(f'nothing to resume: {weights} holds weights alone; --init_from={shlex.quote(weights)} starts '
@@ -343,7 +346,8 @@ def find_checkpoint(config):
         names = '; '.join(', '.join(map(os.path.basename, paths)) for paths in runs.values())
         raise UserError(f'{folder} holds checkpoints of {len(runs)} runs ({names}): name the one to go on from, as in '
                         '--init_from=' + shlex.quote(next(iter(runs.values()))[0]))
-    return max(*runs.values(), key=lambda path: heads[path]['iter_num'])
+    [paths] = runs.values()
+    return max(paths, key=lambda path: heads[path]['iter_num'])
 
 
 def restore_run(path, run, config, meta, machine):
@@ -354,12 +358,13 @@ def restore_run(path, run, config, meta, machine):
     checkpoint = extras.load_checkpoint(path, machine.device)
     resized = (checkpoint['height'], checkpoint['width']) != (meta['height'], meta['width'])
     resume = 'run' in checkpoint and not resized
-    saved_config = {**(checkpoint['config'] if resume else {}), **checkpoint['model_args']}
-    for name, value in {**asdict(run.model.config), 'batch_size': config.batch_size}.items():
-        saved_value = saved_config.get(name, getattr(GPTConfig, name, value))
-        stretched = resized and config.row_column_positions and name in ('block_size', 'width')
-        if saved_value != value and name != 'dropout' and not stretched:
-            raise UserError(f'{path} has {name}={saved_value}, this run {name}={value}: resume with the config (and '
+    theirs, ours = {**asdict(GPTConfig()), **checkpoint['model_args']}, asdict(run.model.config)
+    if resume:  # the order of the images depends on it
+        theirs['batch_size'], ours['batch_size'] = checkpoint['config']['batch_size'], config.batch_size
+    may_differ = ['dropout', *(['block_size', 'width'] if resized and config.row_column_positions else [])]
+    for name, value in ours.items():
+        if theirs[name] != value and name not in may_differ:
+            raise UserError(f'{path} has {name}={theirs[name]}, this run {name}={value}: resume with the config (and '
                             'data) it was made with')
     weights = checkpoint['model']
     with extras.fitting(path):
@@ -381,7 +386,7 @@ def restore_run(path, run, config, meta, machine):
         optimizer.load_state_dict({**state, 'param_groups': optimizer.state_dict()['param_groups']})
     if checkpoint['scaler']:  # empty, unless it was float16
         run.scaler.load_state_dict(checkpoint['scaler'])
-    saved = {'last_eval': checkpoint['iter_num'], 'loss_sum': 0.0, 'loss_count': 0, **checkpoint['run']}
+    saved = checkpoint['run']
     if max(checkpoint['iter_num'], saved['last_eval'] + 1) > config.max_iters:
         raise UserError(f"{path} has done all {checkpoint['iter_num']} iterations: raise --max_iters to go on")
     run.iteration, run.seconds, run.last_eval = checkpoint['iter_num'], saved['seconds'], saved['last_eval']
@@ -389,11 +394,13 @@ def restore_run(path, run, config, meta, machine):
     run.loss_count = saved['loss_count']
     continues = os.path.realpath(os.path.dirname(path)) == os.path.realpath(config.out_dir)
     if continues:
-        run.id, run.best_val_loss = saved.get('id'), checkpoint['best_val_loss']
+        run.id, run.best_val_loss = saved['id'], checkpoint['best_val_loss']
         run.best_iter, run.saved = saved['best_iter'], saved['saved']
     machine.print(f'going on from {path}, iteration {run.iteration}')
-    changed = [f'{name} was {saved_config[name]}, is {getattr(config, name)}' for name in ('data_dir', 'seed')
-               if saved_config[name] != getattr(config, name)]
+    was, now = checkpoint['config'], asdict(config)
+    for values in (was, now):  # elsewhere folders are told in full
+        values['data_dir'] = os.path.join(extras.ROOT, values['data_dir'])
+    changed = [f'{name} was {was[name]}, is {now[name]}' for name in ('data_dir', 'seed') if was[name] != now[name]]
     if changed:
         machine.print(f"note: this is not what {path} was made with: {'; '.join(changed)}")
     return continues
@@ -406,7 +413,7 @@ def claim_folder(config, run, continues):
     """
     lock = extras.lock(config.out_dir)
     old = [path for path, head in extras.checkpoint_heads(config.out_dir).items() if head['run'] and
-           (head['run'].get('id') != run.id or head['iter_num'] > run.iteration)]
+           (head['run']['id'] != run.id or head['iter_num'] > run.iteration)]
     log_path = os.path.join(config.out_dir, 'log.csv')
     if not continues and read_log(log_path):
         old.append(log_path)
@@ -610,12 +617,13 @@ def main(argv=None):
                 path = save_evaluated(run, config, meta, run.seconds)
                 log.plot()
                 picture = os.path.join(config.out_dir, 'images', f'output{run.iteration}.png')
-                save_samples(picture, run.averaged_model, val_data, config, meta, signals)
+                painted = save_samples(picture, run.averaged_model, val_data, config, meta, signals)
                 best = ' | the best so far' if run.best_iter == run.iteration else ''
                 machine.print(f'iter {run.iteration} | validation loss {val_loss:.4f} | {val_loss / math.log(2):.3f} '
-                              f'bits/pixel{best} | {path} | {picture}')
+                              f"bits/pixel{best} | {path}{f' | {picture}' if painted else ''}")
             window_start = last_save = time.monotonic()
-        if last_step and run.last_eval == run.iteration:
+        done = last_step and run.last_eval == run.iteration
+        if done:
             break
 
         # a checkpoint when it is time, or when a signal has come
@@ -658,7 +666,7 @@ def main(argv=None):
         if config.average:
             update_average(run.averaged_model, run.model, run.iteration, config.average)
 
-    if last_step and run.last_eval == run.iteration:
+    if done:
         best = shlex.quote(f'{config.out_dir}/ckpt{run.best_iter}.pt')
         machine.print(f'done: best validation {run.best_val_loss / math.log(2):.3f} bits/pixel at iteration '
                       f'{run.best_iter}. Paint with  python sample.py --ckpt {best}')

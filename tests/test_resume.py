@@ -242,6 +242,16 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_it(data, tmp_path):
     assert rows == [('5', False), ('10', False), ('10', True), ('15', False), ('20', False), ('20', True)]
 
 
+def test_a_signal_during_the_painting_does_not_wait_for_it(data, tmp_path):
+    args = [*TINY, f'--data_dir={data}', f'--out_dir={tmp_path}', '--eval_at=(2,)', '--num_samples=5000']
+    process = Script('train.py', *args)
+    process.wait_for((tmp_path / 'ckpt2.pt').exists)
+    process.send(signal.SIGTERM)
+    printed = process.end(60)
+    assert process.code == 128 + signal.SIGTERM and f'bits/pixel | the best so far | {tmp_path}/ckpt2.pt\n' in printed
+    assert 'output2.png' not in printed and not (tmp_path / 'images').exists()
+
+
 def test_a_second_signal_stops_at_once(data, tmp_path):
     endless = ['--batch_size=20000', '--gradient_accumulation_steps=10000']
     process = Script('train.py', *TINY, f'--data_dir={data}', f'--out_dir={tmp_path}', *endless)
