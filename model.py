@@ -117,10 +117,10 @@ class CausalSelfAttention(nn.Module):
         mask = None  # full attention is causal without one
         if kind != 'full':  # (1, nh, length, keys), added to the scores; with fewer dimensions a CPU takes a slow path
             length = self.width if kind == 'local' else config.block_size // self.width
-            away = torch.arange(length)[:, None] - torch.arange(length)  # (length, length), below 0 what comes later
-            distance, seen = away.abs(), away >= 0
+            query, key = torch.arange(length)[:, None], torch.arange(length)
+            distance, seen = (query - key).abs(), key <= query  # (length, length)
             if kind == 'local':  # the row above comes before the row itself
-                above = away >= -(config.reach or length)
+                above = key <= query + (config.reach or length)
                 distance, seen = torch.cat((distance + 1, distance), dim=1), torch.cat((above, seen), dim=1)
             slopes = 8 * 0.5 ** (8 / config.n_head * torch.arange(1, config.n_head + 1)) * config.alibi  # 0 without
             mask = torch.where(seen, -slopes[None, :, None, None] * distance, -math.inf)
@@ -198,11 +198,13 @@ class Stem(nn.Module):
             at = torch.tensor(NEIGHBOURS[:config.neighbours])
             touch = (at[:, None] - at).abs().sum(-1).triu() == 1
             self.register_buffer('touching', touch.nonzero().t().contiguous(), persistent=False)  # (2, pairs)
+            # outside the image every value is 46: of colours they are -15 to 15, so that two of them differ by 30 at
+            # most, and from 46 by 31 to 61
             self.register_buffer('values', F.pad(VALUES, (0, 0, 0, 1), value=46), persistent=False)  # (V + 1, 5)
             # a difference d as five numbers, in row 61 + d: itself, its size, on two curved scales, and whether it is 0
             d = torch.arange(-61.0, 62)[:, None]
             numbers = torch.cat((d / 4, d.abs() / 4, (d / 1.5).tanh(), (d / 5).tanh(), (d == 0).float()), dim=1)
-            numbers *= d.abs() <= 30  # colours differ by no more; from 46, outside the image, it is 31 to 61
+            numbers *= d.abs() <= 30  # zeros between a colour and the outside
             self.register_buffer('numbers', numbers, persistent=False)
             self.c_diff = nn.Linear(int(touch.sum()) * 5 * 5, 2 * config.n_embd, bias=False)
 
@@ -220,6 +222,7 @@ class Stem(nn.Module):
 
 
 class GPT(nn.Module):
+    """The model: forward gives the loss of images, as training wants it, logits the scores, generate paints."""
 
     def __init__(self, config):
         super().__init__()
@@ -294,10 +297,10 @@ class GPT(nn.Module):
         c, h, T = self.config, self.transformer, tokens.size(1)
         tokens = F.pad(tokens, (0, -T % c.pad_to))  # with zeros after the real pixels, which do not see them
         x = h.up(h.wte(tokens))
-        if c.start_embedding:  # the input is the pixel before; the start comes first, with reach in every row
-            rows = x.unflatten(1, (-1, c.width if c.reach else x.size(1)))
-            start = h.wse.weight.expand(*rows.shape[:2], 1, -1)
-            x = torch.cat((start, rows[:, :, :-1]), dim=2).flatten(1, 2)
+        if c.start_embedding:  # the input is the pixel before, and the start before the first of the image, or of a row
+            x = x.unflatten(1, (-1, c.width if c.reach else x.size(1)))  # (B, rows or 1, pixels, C)
+            start = h.wse.weight.expand(*x.shape[:2], 1, -1)
+            x = torch.cat((start, x[:, :, :-1]), dim=2).flatten(1, 2)
         else:
             x = x[:, :-1]
         x = x + self.positions()[:x.size(1)]
@@ -346,7 +349,9 @@ def relative_tables(chroma):
     """Return what turns relative scores into scores of pairs of levels: two tables, and how many scores there are.
 
     A value of a colour (red, ...) that is one of n has 2 n - 1 scores, for its differences from that of a neighbour:
-    93 scores in all, with chroma 215. L = 48 or 110 counts the n.
+    93 scores in all, with chroma 215. L = 48 or 110 counts the n. Red and red - green are the same for every blue, the
+    other values for every red: so what the scores add to 4,096 logits are sums of one number for each of 256 pairs of
+    red and green and one for each of 256 pairs of green and blue, 512 in all.
         score_index (V + 1, L): row t tells which score each of the n gets beside colour t. Outside the image, t = V,
             all n get the same one, which softmax ignores
         pairs (512, L): 1 where a pair of red and green (for red, red - green) or green and blue (others) has that value
@@ -358,9 +363,12 @@ def relative_tables(chroma):
         difference = torch.arange(n) - value[:, None]  # (V, n)
         score_index.append(n_scores + F.pad(difference + n - 1, (0, 0, 0, 1)))
         n_scores += 2 * n - 1
-        one_hot = F.one_hot(value).view(LEVELS, LEVELS, LEVELS, n).float()
-        red_green, green_blue = one_hot[:, :, 0], one_hot[0]
-        pairs.append(torch.stack((red_green, 0 * red_green) if i in (0, 3) else (0 * green_blue, green_blue)))
+        one_hot = F.one_hot(value).view(LEVELS, LEVELS, LEVELS, n).float()  # (red, green, blue, n)
+        none = torch.zeros(LEVELS, LEVELS, n)
+        if i in (0, 3):  # red, red - green
+            pairs.append(torch.stack((one_hot[:, :, 0], none)))  # (2, 16, 16, n)
+        else:  # green, blue, blue - green
+            pairs.append(torch.stack((none, one_hot[0])))
     return torch.cat(score_index, dim=1), torch.cat(pairs, dim=-1).flatten(0, 2), n_scores
 
 
@@ -399,16 +407,16 @@ class HeadLoss(torch.autograd.Function):
             logits = head_logits(x_, weight)
             logits -= logits.amax(-1, keepdim=True)
             loss -= logits.gather(1, targets_).sum()
-            exps = logits.exp_()  # softmax, times total
-            total = exps.sum(-1, keepdim=True)
+            exps = logits.exp_()
+            total = exps.sum(-1, keepdim=True)  # softmax = exps / total
             loss += total.log().sum()
             if ctx.needs_input_grad[0]:
-                exps.scatter_add_(1, targets_, -total)  # now d loss / d logits, times total
-                dx_[:, :D] = exps @ weight / total
-                if dx.size(1) > D:
-                    cube = exps.view(-1, LEVELS, LEVELS, LEVELS)
+                dlogits = exps.scatter_add_(1, targets_, -total)  # (softmax - one-hot) * total, in place
+                dx_[:, :D] = dlogits @ weight / total
+                if dx.size(1) > D:  # the score of a pair went into 16 logits, from which its gradient comes back
+                    cube = dlogits.view(-1, LEVELS, LEVELS, LEVELS)  # (rows, red, green, blue)
                     dx_[:, D:] = torch.cat((cube.sum(3), cube.sum(1)), dim=1).flatten(1) / total
-                dweight += exps.t() @ (x_[:, :D] / total)
+                dweight += dlogits.t() @ (x_[:, :D] / total)
         ctx.save_for_backward(dx / len(x), dweight / len(x))
         return loss / len(x)
 
