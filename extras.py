@@ -277,7 +277,8 @@ class Parser(argparse.ArgumentParser):
 ELSEWHERE = {
     'block_size': 'it is given by the data: their images decide it', 'vocab_size': 'it is always 4096 colours',
     'lr_decay_iters': 'the rate decays until max_iters', 'dataset': 'name the folder with data_dir',
-    'eval_iters': 'every validation image counts',
+    'eval_iters': 'every validation image counts', 'eval_only': 'bench/quality.py measures a checkpoint',
+    'always_save_checkpoint': 'every evaluation saves one', 'bias': 'there are none in the blocks',
     'decay_lr': 'for a constant rate, make min_lr equal to learning_rate'}
 
 

@@ -95,7 +95,7 @@ def to_picture(item):
     if isinstance(item, bytes):
         return io.BytesIO(item)
     pixels = np.squeeze(item)  # (h, w), (h, w, 3) or (3, h, w)
-    if isinstance(item, str) or pixels.dtype.kind not in 'biuf' or pixels.ndim not in (2, 3):
+    if isinstance(item, str) or pixels.dtype.kind not in 'iuf' or pixels.ndim not in (2, 3):
         raise ValueError('no picture')
     if pixels.ndim == 3 and pixels.shape[0] in (3, 4) and pixels.shape[2] not in (3, 4):
         pixels = np.moveaxis(pixels, 0, -1)
@@ -531,7 +531,7 @@ def smoothstep(t):
 
 
 def noise(rng, y, x, octaves=4):
-    """Return value noise at x, y (h, w), from 0 up to 32: summed octaves, about 0..1, octave o in cells of 2**-o."""
+    """Return value noise at x, y (h, w), from 0 up: summed octaves, about 0..1, octave o in cells of 2**-o."""
     total, weight = 0.0, 1.0
     for octave in range(octaves):
         lattice = rng.random((64, 64))
@@ -552,7 +552,7 @@ HOURS = [([58, 118, 200], [186, 216, 240], [1.00, 0.98, 0.92]),  # noon
          ([40, 38, 92], [214, 108, 120], [0.56, 0.42, 0.50]),  # dusk
          ([128, 140, 154], [204, 208, 212], [0.70, 0.72, 0.74]),  # overcast
          ([14, 20, 52], [62, 80, 132], [0.30, 0.36, 0.54])]  # night
-NIGHT = len(HOURS) - 1
+NOON, HAZY_DAY, MORNING, SUNSET, DUSK, OVERCAST, NIGHT = range(len(HOURS))
 # meadow, dry grass, sand, snow, heather: far and near
 GROUNDS = [([120, 160, 62], [56, 104, 40]), ([164, 170, 78], [96, 112, 44]), ([206, 184, 112], [140, 108, 56]),
            ([232, 238, 246], [176, 194, 220]), ([150, 110, 128], [92, 66, 84])]
@@ -579,7 +579,8 @@ def draw_landscape(rng, size):
     # sky, with the glow of the sun or moon
     fall = np.clip(y / horizon, 0.0, 1.0)[..., None]
     picture = mix(zenith, haze, fall if rng.random() < 0.5 else fall * fall)
-    sun_x, sun_y = uniform(0.08, 0.92), horizon * (uniform(0.75, 1.0) if hour in (3, 4) else uniform(0.15, 0.6))
+    sun_x, sun_y = uniform(0.08, 0.92), horizon * (uniform(0.75, 1.0) if hour in (SUNSET, DUSK) else
+                                                        uniform(0.15, 0.6))
     radius = uniform(0.025, 0.06)
     disc = lambda cx, cy: smoothstep((radius * radius - (x - cx) * (x - cx) - (y - cy) * (y - cy)) * s / radius)
     glow = 1.0 / (1.0 + ((x - sun_x) * (x - sun_x) + (y - sun_y) * (y - sun_y)) * uniform(20.0, 90.0))
@@ -588,12 +589,12 @@ def draw_landscape(rng, size):
             picture[int(star[0] * horizon * s), int(star[1] * s)] += 200.0 * star[2]
         moon = disc(sun_x, sun_y) * (1.0 - disc(sun_x + radius * uniform(0.3, 1.2), sun_y - 0.3 * radius))
         picture = mix(picture, np.array([236.0, 234.0, 214.0]), np.maximum(moon, 0.25 * glow * glow)[..., None])
-    elif hour != 5:  # no sun through an overcast sky
-        warm = np.array([255.0, 240.0, 200.0]) if hour < 3 else np.array([255.0, 206.0, 130.0])
+    elif hour != OVERCAST:  # through which there is no sun
+        warm = np.array([255.0, 240.0, 200.0]) if hour < SUNSET else np.array([255.0, 206.0, 130.0])
         picture = mix(picture, warm, np.maximum(disc(sun_x, sun_y), 0.55 * glow)[..., None])
 
     # clouds, flatter and thinner towards the horizon
-    cover = uniform(0.30, 0.75) if hour != 5 else uniform(0.2, 0.4)
+    cover = uniform(0.30, 0.75) if hour != OVERCAST else uniform(0.2, 0.4)
     billows = noise(rng, y * uniform(3.0, 7.0), x * uniform(1.5, 3.0))
     density = smoothstep((billows - cover) * 4.0) * smoothstep((horizon - y) * 5.0)
     lit = mix(haze, np.full(3, 255.0), uniform(0.2, 0.7)) * np.maximum(light, 0.3)

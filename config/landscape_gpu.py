@@ -1,5 +1,6 @@
-# Five minutes of an H100 or H200: the recommended model with eight layers, thirty times as many images as two CPU cores
-# see in two hours.
+# Five minutes of an H200, thirty times as many images as two CPU cores see in an hour: how the checkpoint that comes
+# along was made, before there were relative_neighbours, relative_chroma and exclusive. Each of 13,528 pictures was seen
+# 29 times; with fewer pictures make max_iters smaller.
 #     python train.py config/landscape_gpu.py --data_dir=data/photos
 data_dir = 'data/landscape'  # python prepare.py
 out_dir = 'out/landscape_gpu'
@@ -18,8 +19,8 @@ alibi = True  # what is near counts more
 batch_size = 32  # with four layers a step of 128 takes more than three times as long as one of 32
 max_iters = 12300  # 393,600 images
 
-learning_rate = 4e-3  # embeddings and head
-muon_lr = 0.03  # the matrices of the blocks
+learning_rate = 4e-3  # embeddings
+muon_lr = 0.03  # matrices
 min_lr = 1e-5
 warmup_iters = 50
 beta2 = 0.99
