@@ -3,7 +3,7 @@
     pip install -r bench/requirements.txt
     python bench/diffusion.py unet --data data/photos                  # two hours, and painting
     python bench/diffusion.py dit --data data/photos --images 30000
-    python bench/quality.py --samples out/diffusion/unet/*/samples_50_stop0.1.npy --ckpt out/two_cores/ckpt6000.pt
+    python bench/quality.py --samples out/diffusion/unet/*/samples_50_stop0.1.npy --ckpt out/landscape/ckpt6000.pt
 
 A rectified flow (Liu et al. 2022, arXiv 2209.03003): between an image, at time 0, and noise, at time 1, the network
 learns the velocity noise - image, and painting follows it back. Times are logit-normal (Esser et al. 2024, arXiv
@@ -133,6 +133,7 @@ def configure_optimizers(model, lr, muon_lr):
         if not muon_lr or p.dim() == 1 or name.startswith(ends) or 'embedder' in name:
             rest.append(p)
             continue
+        # autograd fills the gradient of p; Muon steps this view of p, which gets the same view of that gradient
         matrix = torch.nn.Parameter(as_matrix(p.detach()))
         p.register_post_accumulate_grad_hook(lambda p, matrix=matrix: setattr(matrix, 'grad', as_matrix(p.grad)))
         matrices.append(matrix)
@@ -144,8 +145,8 @@ def train(args, muon_lr, images, train_tokens, val_tokens, device):
     """Train a network on so many images, or go on with it, and return its averaged weights' loss and the model."""
     iterations = images // args.batch_size
     mean, std = args.times
-    name = (f'seed{args.seed}_batch{args.batch_size}_lr{args.lr:g}_muon{muon_lr:g}_times{mean:g}_{std:g}_'
-            f'{images}images')
+    name = (f'{Path(args.data).name}_seed{args.seed}_batch{args.batch_size}_lr{args.lr:g}_muon{muon_lr:g}_'
+            f'times{mean:g}_{std:g}_{images}images')
     folder = args.out / name
     folder.mkdir(parents=True, exist_ok=True)
     path = str(folder / 'ckpt.pt')

@@ -110,7 +110,7 @@ def test_a_network_trains_at_every_rate_and_on_at_the_best_paints_and_is_measure
     assert out.count('validation loss') == 3
     assert 1.71e6 < int(out.split(' parameters')[0].replace(',', '')) < 1.89e6  # as many for images of any size
     state = lambda run: load(run / 'ckpt.pt')['state']
-    folder = lambda muon, images: tmp_path / f'seed1_batch4_lr0.006_muon{muon}_times0_1.4_{images}images'
+    folder = lambda muon, images: tmp_path / f'synthetic_seed1_batch4_lr0.006_muon{muon}_times0_1.4_{images}images'
     losses = {muon: state(folder(muon, 10))['loss'] for muon in ('0', '0.02')}
     best = folder(min(losses, key=losses.get), 40)
     assert state(best)['iteration'] == 10
@@ -130,7 +130,7 @@ def test_a_training_that_was_killed_comes_out_the_same(data, tmp_path):
     often.write_text(f'import sys\nsys.path.insert(0, {str(ROOT / "bench")!r})\nimport diffusion, extras\n'
                      'diffusion.SAVE_EVERY = 0\nextras.run(diffusion.main)\n')
     process = Script(often, *options, '--out', tmp_path / 'killed')
-    result = Path('seed1_batch4_lr0.006_muon0.02_times0_1.4_40images')
+    result = Path('synthetic_seed1_batch4_lr0.006_muon0.02_times0_1.4_40images')
     process.wait_for((tmp_path / 'killed' / result / 'ckpt.pt').exists)
     process.send(signal.SIGKILL)
     process.end()
