@@ -16,7 +16,9 @@ import io
 import math
 import os
 import pickle
+import re
 import shlex
+import struct
 import sys
 import tempfile
 import threading
@@ -38,8 +40,8 @@ VOCAB_SIZE = 4096  # 16 levels of red x 16 of green x 16 of blue, whatever colou
 # mistakes of the user: one line, never a traceback
 
 def brief(e, length=160):
-    """Return an exception as one short line."""
-    return ' '.join(str(e).split())[:length] or type(e).__name__
+    """Return an exception as one short line, without the colours of a terminal."""
+    return ' '.join(re.sub(r'\x1b\[[0-9;]*m', '', str(e)).split())[:length] or type(e).__name__
 
 
 class UserError(Exception):
@@ -122,8 +124,9 @@ def sheet(images, columns=None):
 def picture_format(path):
     """Return Pillow's name of the format that the ending of path names. Raises UserError."""
     kind = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
-    if kind not in Image.SAVE:
-        raise UserError(f'cannot tell a picture format from {path}: end the name in .png, .bmp, .gif or .webp')
+    if kind not in ('BMP', 'GIF', 'JPEG', 'PNG', 'PPM', 'TGA', 'TIFF', 'WEBP') or os.path.isdir(path):
+        why = 'it is a folder' if os.path.isdir(path) else 'its ending is none of a picture that can be written'
+        raise UserError(f'cannot save a picture as {path}, {why}: end the name in .png, .bmp, .gif or .webp')
     return kind
 
 
@@ -131,7 +134,10 @@ def save_picture(image, path, **options):
     """Save a PIL image, whole or not at all, in the format that the ending of path names."""
     kind = picture_format(path)
     with atomic_write(path) as f:
-        image.save(f, format=kind, **options)
+        try:
+            image.save(f, format=kind, **options)
+        except (ValueError, struct.error) as e:
+            raise UserError(f'{path} cannot be written ({brief(e)}): make it smaller, or a .png') from None
 
 
 def save_bmp(tokens, path, scale=1):
@@ -203,7 +209,8 @@ def checkpoint_heads(folder):
 def load_checkpoint(path, device='cpu'):
     """Load a checkpoint of this repository or of nanoGPT into a dict; nothing in it can run code. Raises UserError."""
     if not os.path.isfile(path):
-        there = sorted(glob.glob('*.pt', root_dir=os.path.dirname(path) or '.'))
+        folder = path if os.path.isdir(path) else os.path.dirname(path)
+        there = sorted(glob.glob(os.path.join(glob.escape(folder), '*.pt')))
         instead = f"there is {', '.join(there)}" if there else 'train one with  python train.py config/landscape.py'
         raise UserError(f'no checkpoint {path}: {instead}')
     try:
@@ -216,9 +223,9 @@ def load_checkpoint(path, device='cpu'):
         args = checkpoint['model_args']
         args.setdefault('start_embedding', False)  # nanoGPT knows of none, and does not say so
         tokens = args['block_size'] + (not args['start_embedding'])
-        checkpoint.setdefault('height', int(tokens ** 0.5))  # nor a shape: the ancestor's pictures are square
-        checkpoint.setdefault('width', int(tokens ** 0.5))
-        args.setdefault('width', checkpoint['width'])
+        args.setdefault('width', checkpoint.get('width', int(tokens ** 0.5)))  # nor a shape: its pictures are square
+        checkpoint.setdefault('width', args['width'])
+        checkpoint.setdefault('height', tokens // args['width'])
         checkpoint.setdefault('temperature', checkpoint.get('config', {}).get('temperature', 1.0))
     except Exception as e:
         raise UserError(f'{path} is no readable checkpoint ({brief(e, 100)}): it may be half written or hold more than '
@@ -236,7 +243,7 @@ def fitting(path):
     """Turn what fails because the checkpoint at path does not fit the model into a UserError."""
     try:
         yield
-    except (TypeError, ValueError, RuntimeError) as e:
+    except Exception as e:
         raise UserError(f'{path} does not fit the model of model.py ({brief(e)}): '
                         'use the version of the code that made it') from None
 
@@ -261,7 +268,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f'{message} (--help lists everything)')
 
     def parse_args(self, argv=None):
-        args, unknown = self.parse_known_args(argv)
+        args, unknown = self.parse_known_intermixed_args(argv)
         if unknown:
             known = [name for action in self._actions for name in action.option_strings]
             raise UserError(_unknown(unknown[0].split('=')[0], known))
@@ -323,6 +330,7 @@ def load_config(cls, argv=None, description=None):
     values = {name: f.default for name, f in fields.items()}
     for path in typed.pop('config'):
         values.update(read_config(path, fields))
+    values = {name: os.path.expanduser(value) if isinstance(value, str) else value for name, value in values.items()}
     if os.getcwd() != ROOT:
         values.update({name: os.path.join(ROOT, value) for name, value in values.items() if name.endswith('_dir')})
     for name, text in typed.items():
@@ -541,8 +549,8 @@ def width_and_height(size):
 def is_picture(path):
     """Return whether a file is a picture: by its ending if that says so, else by its content."""
     kind = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
-    if kind:
-        return kind in Image.OPEN and kind not in NO_PICTURES
+    if kind in Image.OPEN:
+        return kind not in NO_PICTURES
     try:
         with _quiet(), _open(path):
             return True

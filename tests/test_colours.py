@@ -61,6 +61,12 @@ def test_saved_pictures_hold_the_tokens(tmp_path, ending):
         assert (extras.pack_rgb(np.asarray(image.convert('RGB'))) == tokens.numpy()).all()
 
 
+def test_a_picture_too_large_for_its_format(tmp_path):
+    with pytest.raises(extras.UserError, match='a.webp cannot be written .*make it smaller, or a .png'):
+        extras.save_picture(Image.new('RGB', (16_400, 1)), str(tmp_path / 'a.webp'))
+    assert not list(tmp_path.iterdir())
+
+
 def test_enlarging_repeats_pixels_and_a_sheet_keeps_them():
     tokens = [np.full((2, 3), 0x111 * i) for i in range(5)]
     image = extras.to_image(tokens[3], scale=4)

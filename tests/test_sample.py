@@ -1,4 +1,6 @@
 """What sample.py writes."""
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from PIL import Image
 import extras
 from conftest import RECOMMENDED, ROOT, TINY, call
 from helpers import PHOTOS, load, nanogpt_checkpoint, needs_photos, same
+from model import GPT, GPTConfig
 
 
 def tokens(path, scale=1):
@@ -140,6 +143,13 @@ def test_the_ancestors_checkpoint_paints_without_a_data_folder(tmp_path):
     call('sample.py', '--ckpt', tmp_path / 'ckpt64.pt', '--num_samples', 1, '--out', tmp_path / 'b.png',
          '--first_pixel', '8AF')
     assert tokens(tmp_path / 'b.png').shape == (64, 64) and tokens(tmp_path / 'b.png')[0, 0] == 0x8AF
+
+
+def test_weights_saved_as_a_library_saves_them_paint_oblong_pictures(tmp_path):
+    model = GPT(GPTConfig(block_size=32 * 8, width=32, n_layer=2, n_head=2, n_embd=32, attention='local column'))
+    torch.save({'model': model.state_dict(), 'model_args': dataclasses.asdict(model.config)}, tmp_path / 'mine.pt')
+    call('sample.py', '--ckpt', tmp_path / 'mine.pt', '--num_samples', 1, '--out', tmp_path / 'a.png')
+    assert tokens(tmp_path / 'a.png').shape == (8, 32)
 
 
 def test_the_shipped_checkpoint_paints(tmp_path):
