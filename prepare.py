@@ -149,7 +149,7 @@ def open_sources(texts, args, cache_dir):
                     sources += open_folder(path, args, cache_dir)
                 else:
                     files.append(path)
-        elif re.fullmatch(r'(?!\.)[\w.-]+(/[\w.-]+)?', text) and not text.lower().endswith('.parquet'):  # a Hub id
+        elif re.fullmatch(r'(?!\.)[\w.-]+/[\w.-]+', text) and not text.lower().endswith('.parquet'):  # a Hub id
             sources += open_tables(text, args)
         else:
             raise UserError(f'there is no file or folder {text}: give one, a Hub id like owner/name, or synthetic')
@@ -233,7 +233,10 @@ def say_unused(paths, why):
     """Print how many files are not used, and why."""
     if paths:
         same = os.path.join(glob.escape(os.path.dirname(paths[0])), '*' + os.path.splitext(paths[0])[1])
-        hint = '' if why == 'no pictures' else f'; for those  --source {shlex.quote(same)}'
+        hint = f'; for those  --source {shlex.quote(same)}'
+        if why == 'no pictures':
+            endings = {os.path.splitext(path)[1].lower() for path in paths}
+            hint = '; convert .heic to .jpg' if '.heic' in endings else '; unpack .zip' if '.zip' in endings else ''
         print(f"not used: {len(paths):,} file{'s' * (len(paths) > 1)} ({why}), e.g. {paths[0]}{hint}")
 
 
@@ -261,10 +264,12 @@ def open_tables(name, args, shards=None, cache_dir=None, required=True):
     for i, shard in enumerate(shards or ()):
         try:
             with open(shard, 'rb') as f:
-                pyarrow.parquet.read_metadata(f)
+                rows = pyarrow.parquet.read_metadata(f).num_rows
         except Exception as e:
             raise UserError(f'{shard} is no whole parquet file ({extras.brief(e, 60)}): get it again (git lfs pull, in '
                             'a clone), or move it away') from None
+        if not rows:  # which load_dataset cannot read
+            continue
         folder, file = os.path.abspath(shard).lower().split(os.sep)[-2:]
         split = re.search(rf'(?<![a-z])({SPLITS})(?![a-z])', file) or re.fullmatch(SPLITS, folder)
         # load_dataset expands more wildcards than glob.escape knows: where links can be made, it gets plain names
@@ -273,6 +278,10 @@ def open_tables(name, args, shards=None, cache_dir=None, required=True):
             os.symlink(os.path.abspath(shard), os.path.join(links, f'{i}.parquet'))
             plain = os.path.join(links, f'{i}.parquet')
         files.setdefault(split.group() if split else 'rows', []).append(plain)
+    if shards and not files:
+        if required:
+            raise UserError(f'no rows in {shards[0]}: name another file')
+        return []
     try:
         config = None if shards else args.config
         splits = datasets.load_dataset(name, config, data_files=files or None, cache_dir=cache_dir)
@@ -283,8 +292,10 @@ def open_tables(name, args, shards=None, cache_dir=None, required=True):
                 names = datasets.get_dataset_config_names(name)
         if names:
             raise UserError(f'{name}: choose one of its configurations, --config ' + ', '.join(names)) from None
-        hint = '' if cache_dir else ' and the network, or try --source synthetic'
-        raise UserError(f'cannot load {name} ({extras.brief(e)}): check the name{hint}') from None
+        hint = 'check the name and the network, or try --source synthetic'
+        if cache_dir:
+            hint = 'files of other columns, or that are damaged, have to go elsewhere'
+        raise UserError(f'cannot load {name} ({extras.brief(e.__cause__ or e)}): {hint}') from None
     splits = {split: splits[split] for split in sorted(splits) if len(splits[split])}
     column = args.column or choose_column(splits, name if not shards else shards[0])
     there = sorted({c for rows in splits.values() for c in rows.column_names})

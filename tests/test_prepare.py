@@ -404,6 +404,19 @@ def test_parquet_files_that_are_hard_to_name(files, tmp_path):
     assert 'is no whole parquet file' in out
 
 
+def test_parquet_files_that_are_empty_or_do_not_belong_together(files, tmp_path):
+    (tmp_path / 'in').mkdir()
+    save_parquet(tmp_path / 'in' / 'a.parquet', [], 'bytes')
+    out = call('prepare.py', '--source', tmp_path / 'in', '--size', 16, '--out_dir', tmp_path / 'out', code=1)
+    assert f'error: no rows in {tmp_path}/in/a.parquet' in out
+    save_parquet(tmp_path / 'in' / 'b.parquet', files[:9], 'bytes')
+    call('prepare.py', '--source', tmp_path / 'in', '--size', 16, '--out_dir', tmp_path / 'out')
+    assert tokens_of(tmp_path / 'out') == tokens_in(files[:9])
+    save_parquet(tmp_path / 'in' / 'c.parquet', files[9:12], 'bytes', column='photo')
+    out = call('prepare.py', '--source', tmp_path / 'in', '--size', 16, '--out_dir', tmp_path / 'out', code=1)
+    assert "Couldn't cast" in out and 'files of other columns, or that are damaged, have to go' in out
+
+
 # -----------------------------------------------------------------------------
 # several sources, what lies in folders, oblong pictures
 
@@ -412,7 +425,7 @@ def test_files_are_pictures_by_content_whatever_their_names(files, tmp_path):
     folder.mkdir(parents=True)
     formats = {
         'a.jfif': 'JPEG', 'b.JPE': 'JPEG', 'c.avif': 'AVIF', 'd.jp2': 'JPEG2000', 'e.ppm': 'PPM',
-        'f.tga': 'TGA', 'g.apng': 'PNG', 'noending': 'JPEG', 'i.ico': 'ICO', 'wrong.txt': 'PNG',
+        'f.tga': 'TGA', 'g.apng': 'PNG', 'h.mpo': 'MPO', 'noending': 'JPEG', 'i.ico': 'ICO', 'wrong.txt': 'PNG',
     }
     for (_, data), (name, kind) in zip(files, formats.items()):
         Image.open(io.BytesIO(data)).convert('RGB').save(folder / name, kind)
@@ -423,9 +436,9 @@ def test_files_are_pictures_by_content_whatever_their_names(files, tmp_path):
     (folder / 'noise').write_bytes(bytes(1000))
     os.mkfifo(folder / 'pipe.png')
     out = call('prepare.py', '--source', tmp_path / 'in', '--size', 16, '--out_dir', tmp_path / 'out')
-    assert '10 images' in out and '1 unreadable' in out and 'skipped' in out
+    assert '11 images' in out and '1 unreadable' in out and 'skipped' in out
     assert 'not used: 4 files (no pictures)' in out
-    assert len(set(tokens_of(tmp_path / 'out'))) == 10
+    assert len(set(tokens_of(tmp_path / 'out'))) == 11
 
 
 def test_linked_folders_are_followed_once(pictures, files, tmp_path):
