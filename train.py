@@ -308,7 +308,7 @@ def save_run(path, run, config, meta, seconds):
         model=run.averaged_model.state_dict(), training_model=run.model.state_dict() if config.average else None,
         optimizer=run.optimizers[0].state_dict(), muon=run.optimizers[1].state_dict() if config.muon_lr else None,
         scaler=run.scaler.state_dict(), model_args=asdict(run.model.config), iter_num=run.iteration,
-        best_val_loss=run.best_val_loss, config=asdict(config), height=meta['height'], width=meta['width'],
+        best_val_loss=run.best_val_loss, config=asdict(config), height=meta['height'], width=meta['width'], meta=meta,
         run=dict(id=run.id, seconds=seconds, best_iter=run.best_iter, saved=run.saved, last_eval=run.last_eval,
                  loss_sum=run.loss_sum.item(), loss_count=run.loss_count)), path)
 
@@ -357,6 +357,9 @@ def restore_run(path, run, config, meta, machine):
     """
     checkpoint = extras.load_checkpoint(path, machine.device)
     resized = (checkpoint['height'], checkpoint['width']) != (meta['height'], meta['width'])
+    if resized and config.init_from == 'resume':
+        raise UserError(f"{path} paints {checkpoint['width']}x{checkpoint['height']} pixels, {config.data_dir} holds "
+                        f"{meta['width']}x{meta['height']}: resume with the data it was made with")
     resume = 'run' in checkpoint and not resized
     theirs, ours = {**asdict(GPTConfig()), **checkpoint['model_args']}, asdict(run.model.config)
     if resume:  # the order of the images depends on it
@@ -398,9 +401,11 @@ def restore_run(path, run, config, meta, machine):
         run.best_iter, run.saved = saved['best_iter'], saved['saved']
     machine.print(f'going on from {path}, iteration {run.iteration}')
     was, now = checkpoint['config'], asdict(config)
-    for values in (was, now):  # elsewhere folders are told in full
-        values['data_dir'] = os.path.join(extras.ROOT, values['data_dir'])
+    for values in (was, now):  # in the repository folders of a config are told from there, elsewhere in full
+        values['data_dir'] = os.path.realpath(os.path.join(extras.ROOT, values['data_dir']))
     changed = [f'{name} was {was[name]}, is {now[name]}' for name in ('data_dir', 'seed') if was[name] != now[name]]
+    if checkpoint.get('meta') != meta:
+        changed.append('the data have been prepared anew')
     if changed:
         machine.print(f"note: this is not what {path} was made with: {'; '.join(changed)}")
     return continues
@@ -419,8 +424,9 @@ def claim_folder(config, run, continues):
         old.append(log_path)
     if old and not config.overwrite:
         names = ', '.join(map(os.path.basename, old[:4])) + ', ...' * (len(old) > 4)
-        raise UserError(f'{config.out_dir} holds a run ({names}): go on with it by --init_from=resume, choose another '
-                        '--out_dir, or replace it by --overwrite=True')
+        resume = 'go on with it by --init_from=resume, ' if any(path.endswith('.pt') for path in old) else ''
+        raise UserError(f'{config.out_dir} holds a run ({names}): {resume}choose another --out_dir, or replace it by '
+                        '--overwrite=True')
     for folder in ('', 'images'):  # left by a run that was killed
         old += glob.glob(os.path.join(glob.escape(config.out_dir), folder, '*.partial'))
     return lock, old
@@ -432,8 +438,9 @@ def stop_if_not_finite(loss, run, config):
         last = 'there is no checkpoint yet'
         if run.saved:
             last = f'{config.out_dir}/ckpt{run.saved[-1]}.pt is the last good checkpoint'
+        muon = f' or --muon_lr (now {config.muon_lr:g})' if config.muon_lr else ''
         raise UserError(f'the loss is {loss} at iteration {run.iteration}; {last}. Try a lower --learning_rate (now '
-                        f'{config.learning_rate:g}), a longer --warmup_iters, or --dtype=float32')
+                        f'{config.learning_rate:g}){muon}, a longer --warmup_iters, or --dtype=float32')
 
 # -----------------------------------------------------------------------------
 # the machine

@@ -242,6 +242,16 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_it(data, tmp_path):
     assert rows == [('5', False), ('10', False), ('10', True), ('15', False), ('20', False), ('20', True)]
 
 
+def test_other_data_are_noted(data, tmp_path):
+    call('train.py', *TINY, f'--data_dir={os.path.relpath(data, ROOT)}', f'--out_dir={tmp_path}/out', '--max_iters=1',
+         cwd=ROOT)
+    out = run(data, tmp_path / 'out', '--init_from=resume', '--max_iters=2')
+    assert 'going on from' in out and 'note:' not in out  # the same folder, told otherwise
+    other = large_validation(data, tmp_path / 'other', 2)
+    out = run(other, tmp_path / 'out', '--init_from=resume', '--max_iters=3', '--seed=5')
+    assert f'data_dir was {data}, is {other}; seed was 1337, is 5; the data have been prepared anew' in out
+
+
 def test_a_signal_during_the_painting_does_not_wait_for_it(data, tmp_path):
     args = [*TINY, f'--data_dir={data}', f'--out_dir={tmp_path}', '--eval_at=(2,)', '--num_samples=5000']
     process = Script('train.py', *args)
@@ -363,5 +373,7 @@ def test_weights_of_another_image_size_start_a_new_run(data, tmp_path):
         bits[name] = float(log(tmp_path / name)[-1]['bits_per_pixel'])
     assert 'a new run with the weights of' in out and bits['larger'] < bits['new'] - 2
     run(data, tmp_path / 'plain', '--max_iters=1')
+    out = run(tmp_path / 'larger', tmp_path / 'plain', '--init_from=resume', code=1)
+    assert f'ckpt1.pt paints 16x16 pixels, {tmp_path}/larger holds 32x24: resume with the data' in out
     out = run(tmp_path / 'larger', tmp_path / 'x', f'--init_from={tmp_path}/plain/ckpt1.pt', code=1)
     assert 'has block_size=256, this run block_size=768' in out

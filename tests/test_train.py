@@ -79,7 +79,7 @@ def test_what_a_run_leaves(trained, data):
     assert [float(r['seconds']) for r in rows] == sorted(float(r['seconds']) for r in rows)
     checkpoint = load(trained / 'ckpt20.pt')
     assert checkpoint.keys() == {'model', 'training_model', 'optimizer', 'scaler', 'model_args', 'iter_num',
-                                 'best_val_loss', 'config', 'height', 'width', 'run', 'muon'}
+                                 'best_val_loss', 'config', 'height', 'width', 'meta', 'run', 'muon'}
     assert checkpoint['iter_num'] == 20 and checkpoint['height'] == checkpoint['width'] == 16
     averaged, weights = checkpoint['model'], checkpoint['training_model']
     assert not any('_orig_mod' in name or name.startswith('module.') for name in averaged)
@@ -143,8 +143,9 @@ def test_folders_of_a_config_file_are_meant_from_the_repository_and_typed_ones_f
     monkeypatch.chdir(tmp_path)
     config = extras.load_config(train.TrainConfig, ['config/demo.py', '--out_dir=mine'])
     assert (config.data_dir, config.out_dir) == (str(ROOT / 'data' / 'demo'), 'mine')
-    config = extras.load_config(train.TrainConfig, ['--out_dir=~/runs'])  # which no shell expands
-    assert config.out_dir == os.path.expanduser('~/runs')
+    (tmp_path / 'home.py').write_text("data_dir = '~/pictures'\n")
+    config = extras.load_config(train.TrainConfig, ['--out_dir=~/runs', 'home.py'])  # which no shell expands
+    assert (config.out_dir, config.data_dir) == (os.path.expanduser('~/runs'), os.path.expanduser('~/pictures'))
 
 
 def test_help_lists_every_key():
