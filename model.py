@@ -412,7 +412,7 @@ class HeadLoss(torch.autograd.Function):
             loss += total.log().sum()
             if ctx.needs_input_grad[0]:
                 dlogits = exps.scatter_add_(1, targets_, -total)  # (softmax - one-hot) * total, in place
-                dx_[:, :D] = dlogits @ weight / total
+                dx_[:, :D] = dlogits.to(weight.dtype) @ weight / total
                 if dx.size(1) > D:  # the score of a pair went into 16 logits, from which its gradient comes back
                     cube = dlogits.view(-1, LEVELS, LEVELS, LEVELS)  # (rows, red, green, blue)
                     dx_[:, D:] = torch.cat((cube.sum(3), cube.sum(1)), dim=1).flatten(1) / total

@@ -58,6 +58,8 @@ def generate(model, tokens, max_new_tokens=None, *, temperature=1.0, top_k=None,
     new = config.tokens_per_image - T if max_new_tokens is None else max_new_tokens
     if not 0 <= new <= config.tokens_per_image - T:
         raise ValueError(f'{T} given + {new} new pixels do not fit into an image of {config.tokens_per_image}')
+    if not (temperature >= 0 and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)):
+        raise ValueError('temperature has to be 0 or more, top_k 1 or more, top_p more than 0 and up to 1')
     if T == 0 and not config.start_embedding:
         raise ValueError('a model without start embedding cannot draw the first pixel: give one')
 
@@ -379,7 +381,7 @@ def filter_logits(logits, temperature=1.0, top_k=None, top_p=None):
     (nucleus sampling, arXiv 1904.09751) the fewest most likely ones that together reach the probability top_p.
     """
     logits = logits.float()
-    if temperature == 0:
+    if temperature < 1e-9:  # by which logits could not be divided
         return torch.full_like(logits, -math.inf).scatter_(-1, logits.argmax(-1, keepdim=True), 0)
     if temperature != 1:
         logits = logits / temperature
@@ -720,7 +722,7 @@ def main(argv=None):
         scale=('from 1 to 64', 1 <= args.scale <= 64), seed=('from 0 to 2 ** 63 - 1', 0 <= args.seed < 2 ** 63))
     if args.rows is not None and args.image is None:
         raise UserError('--rows says how much of a picture to keep: name the picture with --image')
-    if args.image and args.first_pixel:
+    if args.image is not None and args.first_pixel is not None:
         raise UserError('--image gives the first pixel, too: leave out --first_pixel')
     device = extras.pick_device(args.device)
     if args.web:
@@ -740,14 +742,16 @@ def main(argv=None):
     if args.temperature is None:
         args.temperature = checkpoint['temperature']
     shape = height, width = checkpoint['height'], checkpoint['width']
-    if args.image:
+    if args.image is not None:
         rows = height // 2 if args.rows is None else args.rows
         meaning = f'from 1 to {height - 1}: how many of the {height} rows to keep'
         extras.check_values(args, rows=(meaning, 0 < rows < height))
         original = read_picture(args.image, (width, height))
         prompt = original[:rows * width]
     else:
-        text = args.first_pixel or ('sample' if model.config.start_embedding else 'FEC')
+        text = args.first_pixel
+        if text is None:
+            text = 'sample' if model.config.start_embedding else 'FEC'
         if text == 'sample' and not model.config.start_embedding:
             raise UserError('this model has no start embedding and cannot draw the first pixel: '
                             'give one, as in --first_pixel FEC')

@@ -27,6 +27,7 @@ class Evil:
 MISTAKES = {
     # prepare.py
     'no such folder': ('prepare.py --source ./nowhere --out_dir {new}', 'there is no file or folder ./nowhere'),
+    'a name without owner': ('prepare.py --source Picturez --out_dir {new}', 'there is no file or folder Picturez'),
     'not a Hub id': ('prepare.py --source a/b/c --out_dir {new}', 'there is no file or folder a/b/c'),
     'no such data set, or no network': ('prepare.py --source nobody/nothing-here --out_dir {new}',
                                         'cannot load nobody/nothing-here'),
@@ -99,6 +100,10 @@ MISTAKES = {
     'a meta.pkl without its keys': ('train.py {tiny} --data_dir={emptymeta}', 'is damaged'),
     'output into a file when training': ('train.py {tiny} --out_dir={file}', 'cannot write to the folder'),
     'nothing to resume': ('train.py {tiny} --init_from=resume', 'nothing to resume'),
+    'a log without a checkpoint': ('train.py {tiny} --out_dir={logonly}',
+                                   'holds a run (log.csv): choose another --out_dir'),
+    'a step too long': ('train.py {tiny} --out_dir={new}nan --muon_lr=1e30 --learning_rate=1e30 --log_interval=1',
+                        'or --muon_lr (now 1e+30)'),
     'resuming from nowhere': ('train.py {tiny} --init_from={new}/ckpt1.pt', 'no checkpoint'),
     'resuming another model': ('train.py {tiny} --init_from={ckpt} --n_layer=3', 'has n_layer=2, this run n_layer=3'),
     'resuming with other batches': ('train.py {tiny} --init_from={ckpt} --batch_size=4',
@@ -111,7 +116,7 @@ MISTAKES = {
     'wandb not installed': ('train.py {tiny} --wandb_log=True', 'pip install wandb'),
     # sample.py
     'no checkpoint named': ('sample.py', 'the following arguments are required: --ckpt'),
-    'no such checkpoint': ('sample.py --ckpt {folder}/ckpt7.pt', 'there is ckpt10.pt, ckpt20.pt'),
+    'no such checkpoint': ('sample.py --ckpt {folder}/ckpt7.pt', 'there is {folder}/ckpt10.pt, {folder}/ckpt20.pt'),
     'no checkpoint at all': ('sample.py --ckpt {new}/ckpt7.pt', 'train one with'),
     'half a checkpoint': ('sample.py --ckpt {halfckpt}', 'no readable checkpoint'),
     'an empty checkpoint': ('sample.py --ckpt {emptyckpt}', 'no readable checkpoint'),
@@ -140,6 +145,11 @@ MISTAKES = {
     'an animation over its sheet': ('sample.py --ckpt {ckpt} --gif --out {new}/a.gif',
                                     'end the name of the sheet, --out, in .png'),
     'an unknown picture format': ('sample.py --ckpt {ckpt} --out {new}/a.xyz', 'end the name in .png'),
+    'a format that is only read': ('sample.py --ckpt {ckpt} --out {new}/a.blp', 'end the name in .png'),
+    'a folder for a sheet': ('sample.py --ckpt {ckpt} --out {pngfolder}', 'it is a folder: end the name in .png'),
+    'a folder for a checkpoint': ('sample.py --ckpt {folder}', 'there is {folder}/ckpt10.pt, {folder}/ckpt20.pt'),
+    'a whole model for a checkpoint': ('sample.py --ckpt {wholemodel}', 'no readable checkpoint'),
+    'a checkpoint with no heads': ('sample.py --ckpt {headless}', 'does not fit the model'),
     'a sheet into a file as a folder': ('sample.py --ckpt {ckpt} --out {file}/a.png', 'cannot write to the folder'),
     'CUDA for sampling where there is none': ('sample.py --ckpt {ckpt} --device cuda --out {new}/a.png',
                                               'use --device=auto'),
@@ -209,6 +219,13 @@ def places(data, trained, tmp_path_factory):
     broken_checkpoint('oblong', height=7)
     broken_checkpoint('shapeless', model_args={'vocab_size': 4096})
     broken_checkpoint('strange', model={})
+    broken_checkpoint('headless', model_args={**good['model_args'], 'n_head': 0})
+    places['wholemodel'] = here / 'model.pt'
+    torch.save(torch.nn.Linear(2, 2), places['wholemodel'])
+    for name in ('pngfolder', 'logonly'):
+        places[name] = here / f'{name}.png'
+        places[name].mkdir()
+    (places['logonly'] / 'log.csv').write_text('iteration,images\n5,40\n')
     places['weights'] = here / 'weights'
     places['weights'].mkdir()
     weights = {name: good[name] for name in ('model', 'model_args', 'height', 'width')}
@@ -233,7 +250,7 @@ def test_one_line_and_a_non_zero_exit(name, places):
     for said in filter(None, before):  # no traceback, no warning
         assert (said.startswith(('reading:', 'not used:', 'iter ', 'compiling'))
                 or ' parameters (' in said or ' training and ' in said)
-    assert message.startswith('error: ') and words in message
+    assert message.startswith('error: ') and words in message and message.isprintable()
     assert not places['mark'].exists()  # no file has run code
 
 

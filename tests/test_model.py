@@ -507,6 +507,21 @@ def test_dropout_is_for_training_alone():
     assert paint().equal(paint()) and paint().equal(paint(use_cache=False)) and model.training
 
 
+@pytest.mark.parametrize('option', [dict(temperature=-1), dict(temperature=math.nan), dict(top_k=0), dict(top_p=0.0)])
+def test_options_that_make_no_sense(option):
+    with pytest.raises(ValueError, match='temperature has to be 0 or more, top_k 1 or more'):
+        small().generate([[5]], 2, **option)
+
+
+def test_a_model_in_bfloat16_learns():
+    model, tokens = small('chroma').train(), images(2)
+    expected = model(tokens).item()
+    loss = model.bfloat16()(tokens)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, rel=0.02)
+    assert all(p.grad.isfinite().all() for p in model.parameters()) and model.lm_head.weight.grad.abs().sum() > 0
+
+
 def test_a_model_in_half_precision_paints():
     model, prompt = small('local column', tokens=4096, std=0.2).bfloat16(), images(3, side=64)[:, :4000]
     painted = model.generate(prompt, 96, generator=generator(3))
@@ -518,6 +533,7 @@ def test_greedy_takes_the_likeliest_colour_whatever_the_noise():
     one, two = (model.generate(prompt, temperature=0, generator=generator(seed)) for seed in (1, 2))
     assert (one == two).all()
     assert (model.logits(one).argmax(-1)[:, SIDE:] == one[:, SIDE:]).all()
+    assert model.generate(prompt, temperature=1e-40).equal(one)  # nothing can be divided by it
 
 
 def test_part_of_an_image_and_what_does_not_fit():
