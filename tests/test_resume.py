@@ -96,11 +96,6 @@ def test_two_runs_in_one_folder_are_not_mixed(data, trained, tmp_path):
     assert [row['iteration'] for row in log(tmp_path)] == ['2', '2']
 
 
-def test_resuming_with_another_seed_is_said(data, trained, tmp_path):
-    out = run(data, tmp_path, f'--init_from={trained}/ckpt20.pt', '--max_iters=21', '--seed=7')
-    assert 'seed was 1337, is 7' in out
-
-
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path):
     # a limit on the size of files is a disk that is full at that point
     extras.save_checkpoint({'model': torch.zeros(1000)}, tmp_path / 'a.pt')
