@@ -20,7 +20,7 @@ demo: $(VENV)/installed
 	@echo 'Look at out/demo/landscapes.png, and at data/demo/preview.png, which it has learnt from.'
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q -n 3 --dist worksteal tests
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests
 
 web: $(VENV)/installed
 	$(BIN)/pip install --disable-pip-version-check --quiet 'gradio>=6'

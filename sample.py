@@ -140,16 +140,21 @@ def graph_loop(model, images, seeds, draw, first, steps=8):
 def wave_stride(config):
     """Return how many columns a row is ahead of the one below it.
 
-    Pixels with the same x + stride * y are a wave (a wavefront) and are painted together. A pixel sees the row above up
-    to reach columns to its right, so that none of a wave depends on another one: with reach=2, in a picture 6 wide,
+    Pixels with the same x + stride * y are a wave (a wavefront) and are painted together. With reach=3, in a picture 6
+    wide:
 
         0  1  2  3  4  5
         3  4  5  6  7  8
         6  7  8  9 10 11
 
-    Without reach a pixel sees all of the row above, and every wave is a single pixel.
+    No pixel of a wave depends on another one. In the row above, attention sees up to the position reach columns to the
+    right, which knows the pixels before it, but not its own; and its keys are in the cache before anything attends to
+    them. The neighbours of the stem have to be earlier, too. Without reach every wave is a single pixel.
     """
-    return min(config.reach + 1, config.width) if config.reach else config.width
+    if not config.reach:
+        return config.width
+    furthest = max((column // -row for row, column in NEIGHBOURS[:config.neighbours] if row), default=0)
+    return min(max(config.reach, furthest + 1), config.width)
 
 
 class Decoder:

@@ -369,9 +369,9 @@ def test_the_cache_changes_no_token_of_several_pictures_that_are_given_five_rows
     paints_as_the_plain_loop_does(kind, 3, given=5 * SIDE)
 
 
-@pytest.mark.parametrize('reach', [2, 5, SIDE + 3])
-def test_waves_paint_what_the_plain_loop_paints_whatever_is_given_and_asked_for(reach):
-    model = small('reach', reach=reach, std=0.2)
+@pytest.mark.parametrize('reach, neighbours', [(1, 0), (1, 4), (2, 12), (5, 24), (SIDE + 3, 12)])
+def test_waves_paint_what_the_plain_loop_paints_whatever_is_given_and_asked_for(reach, neighbours):
+    model = small('reach', reach=reach, neighbours=neighbours, std=0.2)
     paint = lambda *args, **options: model.generate(*args, generator=generator(3), **options)
     # given are nothing, parts of rows, rows, all but a pixel
     for given in (0, 1, 5, SIDE - 1, SIDE, SIDE + 5, 5 * SIDE, TOKENS - 1):
@@ -382,15 +382,15 @@ def test_waves_paint_what_the_plain_loop_paints_whatever_is_given_and_asked_for(
 
 
 def test_pixels_of_a_wave_lie_on_a_diagonal_and_every_pixel_in_one():
-    for reach, first, count in ((2, 0, TOKENS), (2, 17, 100), (5, 3, TOKENS), (0, 20, 50)):
+    for reach, stride, first, count in ((2, 3, 0, TOKENS), (2, 3, 17, 100), (5, 5, 3, TOKENS), (0, SIDE, 20, 50)):
         decoder = Decoder(small('reach', reach=reach), torch.zeros(1, count).long(), 0)
-        painted, step = set(range(first)), reach + 1 if reach else SIDE
+        painted = set(range(first))
         for wave in decoder.waves(first):
             pixels = set(wave.tolist())
             assert len(pixels) == len(wave) and not painted & pixels
-            assert len({pixel % SIDE + step * (pixel // SIDE) for pixel in pixels}) == 1
+            assert len({pixel % SIDE + stride * (pixel // SIDE) for pixel in pixels}) == 1
             for y, x in (divmod(pixel, SIDE) for pixel in pixels):  # whatever it may look at is there
-                cone = [(v, u) for v in range(y) for u in range(SIDE) if u <= x + reach * (y - v)]
+                cone = [(v, u) for v in range(y) for u in range(SIDE) if u < x + stride * (y - v)]
                 assert all(v * SIDE + u in painted for v, u in cone) or not reach
                 assert all(y * SIDE + u in painted for u in range(x))
             painted |= pixels
