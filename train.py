@@ -365,7 +365,8 @@ def restore_run(path, run, config, meta, machine):
     if resume:  # the order of the images depends on it
         theirs['batch_size'], ours['batch_size'] = checkpoint['config']['batch_size'], config.batch_size
     may_differ = ['dropout', *(['block_size', 'width'] if resized and config.row_column_positions else [])]
-    for name, value in ours.items():
+    sizes_last = sorted(ours.items(), key=lambda item: item[0] in ('block_size', 'width'))  # which the data decide
+    for name, value in sizes_last:
         if theirs[name] != value and name not in may_differ:
             raise UserError(f'{path} has {name}={theirs[name]}, this run {name}={value}: resume with the config (and '
                             'data) it was made with')

@@ -372,3 +372,5 @@ def test_weights_of_another_image_size_start_a_new_run(data, tmp_path):
     assert f'ckpt1.pt paints 16x16 pixels, {tmp_path}/larger holds 32x24: resume with the data' in out
     out = run(tmp_path / 'larger', tmp_path / 'x', f'--init_from={tmp_path}/plain/ckpt1.pt', code=1)
     assert 'has block_size=256, this run block_size=768' in out
+    out = run(data, tmp_path / 'y', f'--init_from={ROOT}/out/ckpt6000.pt', code=1)
+    assert 'has n_layer=8, this run n_layer=2' in out  # which a config can change, sooner than the size of the pictures
