@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 import uuid
+import zlib
 from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
@@ -308,9 +309,9 @@ def save_run(path, run, config, meta, seconds):
         model=run.averaged_model.state_dict(), training_model=run.model.state_dict() if config.average else None,
         optimizer=run.optimizers[0].state_dict(), muon=run.optimizers[1].state_dict() if config.muon_lr else None,
         scaler=run.scaler.state_dict(), model_args=asdict(run.model.config), iter_num=run.iteration,
-        best_val_loss=run.best_val_loss, config=asdict(config), height=meta['height'], width=meta['width'], meta=meta,
-        run=dict(id=run.id, seconds=seconds, best_iter=run.best_iter, saved=run.saved, last_eval=run.last_eval,
-                 loss_sum=run.loss_sum.item(), loss_count=run.loss_count)), path)
+        best_val_loss=run.best_val_loss, config=asdict(config), height=meta['height'], width=meta['width'],
+        run=dict(id=run.id, checksum=meta['checksum'], seconds=seconds, best_iter=run.best_iter, saved=run.saved,
+                 last_eval=run.last_eval, loss_sum=run.loss_sum.item(), loss_count=run.loss_count)), path)
 
 
 def save_evaluated(run, config, meta, seconds):
@@ -335,7 +336,7 @@ def find_checkpoint(config):
     runs = {}
     for path, head in heads.items():
         if head['run']:  # not weights alone
-            runs.setdefault(head['run']['id'], []).append(path)
+            runs.setdefault(head['run'].get('id'), []).append(path)
     if not runs and heads:
         weights = next(iter(heads))
         raise UserError(f'nothing to resume: {weights} holds weights alone; --init_from={shlex.quote(weights)} starts '
@@ -401,12 +402,11 @@ def restore_run(path, run, config, meta, machine):
         run.id, run.best_val_loss = saved['id'], checkpoint['best_val_loss']
         run.best_iter, run.saved = saved['best_iter'], saved['saved']
     machine.print(f'going on from {path}, iteration {run.iteration}')
-    was, now = checkpoint['config'], asdict(config)
-    for values in (was, now):  # in the repository folders of a config are told from there, elsewhere in full
-        values['data_dir'] = os.path.realpath(os.path.join(extras.ROOT, values['data_dir']))
-    changed = [f'{name} was {was[name]}, is {now[name]}' for name in ('data_dir', 'seed') if was[name] != now[name]]
-    if checkpoint.get('meta') != meta:
-        changed.append('the data have been prepared anew')
+    was, changed = checkpoint['config'], []
+    if saved.get('checksum', meta['checksum']) != meta['checksum']:
+        changed.append(f"the pictures are others (data_dir was {was['data_dir']}, is {config.data_dir})")
+    if was['seed'] != config.seed:
+        changed.append(f"seed was {was['seed']}, is {config.seed}")
     if changed:
         machine.print(f"note: this is not what {path} was made with: {'; '.join(changed)}")
     return continues
@@ -419,7 +419,7 @@ def claim_folder(config, run, continues):
     """
     lock = extras.lock(config.out_dir)
     old = [path for path, head in extras.checkpoint_heads(config.out_dir).items() if head['run'] and
-           (head['run']['id'] != run.id or head['iter_num'] > run.iteration)]
+           (head['run'].get('id') != run.id or head['iter_num'] > run.iteration)]
     log_path = os.path.join(config.out_dir, 'log.csv')
     if not continues and read_log(log_path):
         old.append(log_path)
@@ -554,6 +554,7 @@ def main(argv=None):
     world_size, master_process = machine.world_size, machine.rank == 0
     meta = extras.load_meta(config.data_dir)
     train_data, val_data = (extras.load_tokens(config.data_dir, split, meta) for split in ('train', 'val'))
+    meta['checksum'] = zlib.crc32(val_data)  # tells one data set from another
     local_batch_size = config.batch_size // world_size
     micro_batch_size = local_batch_size // config.gradient_accumulation_steps
 

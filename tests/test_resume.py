@@ -238,13 +238,15 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_it(data, tmp_path):
 
 
 def test_other_data_are_noted(data, tmp_path):
-    call('train.py', *TINY, f'--data_dir={os.path.relpath(data, ROOT)}', f'--out_dir={tmp_path}/out', '--max_iters=1',
-         cwd=ROOT)
-    out = run(data, tmp_path / 'out', '--init_from=resume', '--max_iters=2')
-    assert 'going on from' in out and 'note:' not in out  # the same folder, told otherwise
-    other = large_validation(data, tmp_path / 'other', 2)
-    out = run(other, tmp_path / 'out', '--init_from=resume', '--max_iters=3', '--seed=5')
-    assert f'data_dir was {data}, is {other}; seed was 1337, is 5; the data have been prepared anew' in out
+    prepared = lambda seed: call('prepare.py', '--source', data, '--size', 16, '--seed', seed,
+                                 '--out_dir', tmp_path / 'd')
+    prepared(1)
+    call('train.py', *TINY, '--data_dir=d', f'--out_dir={tmp_path}/out', '--max_iters=1', cwd=tmp_path)
+    out = run(tmp_path / 'd', tmp_path / 'out', '--init_from=resume', '--max_iters=2')
+    assert 'going on from' in out and 'note:' not in out  # the same pictures, told otherwise
+    prepared(2)  # as many, shared anew by training and validation
+    out = run(tmp_path / 'd', tmp_path / 'out', '--init_from=resume', '--max_iters=3', '--seed=5')
+    assert f'the pictures are others (data_dir was {tmp_path}/d, is {tmp_path}/d); seed was 1337, is 5' in out
 
 
 def test_a_signal_during_the_painting_does_not_wait_for_it(data, tmp_path):

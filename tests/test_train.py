@@ -79,7 +79,7 @@ def test_what_a_run_leaves(trained, data):
     assert [float(r['seconds']) for r in rows] == sorted(float(r['seconds']) for r in rows)
     checkpoint = load(trained / 'ckpt20.pt')
     assert checkpoint.keys() == {'model', 'training_model', 'optimizer', 'scaler', 'model_args', 'iter_num',
-                                 'best_val_loss', 'config', 'height', 'width', 'meta', 'run', 'muon'}
+                                 'best_val_loss', 'config', 'height', 'width', 'run', 'muon'}
     assert checkpoint['iter_num'] == 20 and checkpoint['height'] == checkpoint['width'] == 16
     averaged, weights = checkpoint['model'], checkpoint['training_model']
     assert not any('_orig_mod' in name or name.startswith('module.') for name in averaged)
