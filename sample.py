@@ -343,16 +343,16 @@ def adapt_threads(waves, most, few=8):
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    alone = math.inf  # seconds that one thread takes for a few waves, once more threads are tried
+    alone = math.inf  # seconds that one thread takes for a pixel, once more threads are tried
     for begin in range(0, len(waves), few):
-        began = time.perf_counter()
+        began, pixels = time.perf_counter(), sum(map(len, waves[begin:begin + few]))
         for wave in waves[begin:begin + few]:
             yield wave
-            if time.perf_counter() - began > 1.1 * alone:  # slower: one thread for the rest
+            if time.perf_counter() - began > 1.1 * alone * pixels:  # slower: one thread for the rest
                 torch.set_num_threads(1)
                 alone = math.inf
         if begin == 5 * few and min(before, most) > 1:  # the first waves are short
-            alone = time.perf_counter() - began
+            alone = (time.perf_counter() - began) / pixels
             torch.set_num_threads(min(before, most))
     torch.set_num_threads(before)
 
