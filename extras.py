@@ -136,7 +136,9 @@ def save_picture(image, path, **options):
     with atomic_write(path) as f:
         try:
             image.save(f, format=kind, **options)
-        except (ValueError, struct.error) as e:
+        except (ValueError, OSError, struct.error) as e:
+            if getattr(e, 'errno', None):  # of the disk, not of the format
+                raise
             raise UserError(f'{path} cannot be written ({brief(e)}): make it smaller, or a .png') from None
 
 
@@ -223,9 +225,10 @@ def load_checkpoint(path, device='cpu'):
         args = checkpoint['model_args']
         args.setdefault('start_embedding', False)  # nanoGPT knows of none, and does not say so
         tokens = args['block_size'] + (not args['start_embedding'])
-        args.setdefault('width', checkpoint.get('width', int(tokens ** 0.5)))  # nor a shape: its pictures are square
-        checkpoint.setdefault('width', args['width'])
-        checkpoint.setdefault('height', tokens // args['width'])
+        side = int(tokens ** 0.5)  # nor a shape: its pictures are square
+        checkpoint.setdefault('height', tokens // args['width'] if 'width' in args else side)
+        checkpoint.setdefault('width', args.get('width', side))
+        args.setdefault('width', checkpoint['width'])
         checkpoint.setdefault('temperature', checkpoint.get('config', {}).get('temperature', 1.0))
     except Exception as e:
         raise UserError(f'{path} is no readable checkpoint ({brief(e, 100)}): it may be half written or hold more than '

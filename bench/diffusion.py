@@ -145,7 +145,7 @@ def train(args, muon_lr, images, train_tokens, val_tokens, device):
     """Train a network on so many images, or go on with it, and return its averaged weights' loss and the model."""
     iterations = images // args.batch_size
     mean, std = args.times
-    name = (f'{Path(args.data).name}_seed{args.seed}_batch{args.batch_size}_lr{args.lr:g}_muon{muon_lr:g}_'
+    name = (f'{Path(args.data).resolve().name}_seed{args.seed}_batch{args.batch_size}_lr{args.lr:g}_muon{muon_lr:g}_'
             f'times{mean:g}_{std:g}_{images}images')
     folder = args.out / name
     folder.mkdir(parents=True, exist_ok=True)
