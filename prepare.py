@@ -295,7 +295,8 @@ def open_tables(name, args, shards=None, cache_dir=None, required=True):
         hint = 'check the name and the network, or try --source synthetic'
         if cache_dir:
             hint = 'files of other columns, or that are damaged, have to go elsewhere'
-        raise UserError(f'cannot load {name} ({extras.brief(e.__cause__ or e)}): {hint}') from None
+        what = ', '.join(shards[:2]) + ', ...' * (len(shards) > 2) if shards else name
+        raise UserError(f'cannot load {what} ({extras.brief(e.__cause__ or e)}): {hint}') from None
     splits = {split: splits[split] for split in sorted(splits) if len(splits[split])}
     column = args.column or choose_column(splits, name if not shards else shards[0])
     there = sorted({c for rows in splits.values() for c in rows.column_names})
