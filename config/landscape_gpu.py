@@ -1,6 +1,6 @@
-# Five minutes of an H200, thirty times as many images as two CPU cores see in an hour: how out/ckpt6000.pt was made (its
-# name is the ancestor's), before there were relative_neighbours, relative_chroma and exclusive. Each of 13,528 pictures
-# was seen 29 times; with fewer pictures make max_iters smaller.
+# Five minutes of an H200, thirty times as many images as two CPU cores see in an hour: how out/ckpt6000.pt was made
+# (the name is the ancestor's), before there were relative_neighbours, relative_chroma and exclusive. Each of 13,528
+# pictures was seen 29 times; with fewer pictures make max_iters smaller.
 #     python train.py config/landscape_gpu.py --data_dir=data/photos
 data_dir = 'data/landscape'  # python prepare.py
 out_dir = 'out/landscape_gpu'
