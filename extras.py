@@ -123,10 +123,11 @@ def sheet(images, columns=None):
 
 def picture_format(path):
     """Return Pillow's name of the format that the ending of path names. Raises UserError."""
+    if os.path.isdir(path):
+        raise UserError(f'{path} is a folder: give the name of a picture')
     kind = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
-    if kind not in ('BMP', 'GIF', 'JPEG', 'PNG', 'PPM', 'TGA', 'TIFF', 'WEBP') or os.path.isdir(path):
-        why = 'it is a folder' if os.path.isdir(path) else 'its ending is none of a picture that can be written'
-        raise UserError(f'cannot save a picture as {path}, {why}: end the name in .png, .bmp, .gif or .webp')
+    if kind not in ('BMP', 'GIF', 'JPEG', 'PNG', 'PPM', 'TGA', 'TIFF', 'WEBP'):
+        raise UserError(f'cannot tell a picture format from {path}: end the name in .png, .bmp, .gif or .webp')
     return kind
 
 

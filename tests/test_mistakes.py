@@ -11,7 +11,7 @@ import subprocess
 import pytest
 import torch
 
-from conftest import PIPED, TINY, call, command
+from conftest import ENV, PIPED, TINY, call, command
 
 
 class Evil:
@@ -146,7 +146,7 @@ MISTAKES = {
                                     'end the name of the sheet, --out, in .png'),
     'an unknown picture format': ('sample.py --ckpt {ckpt} --out {new}/a.xyz', 'end the name in .png'),
     'a format that is only read': ('sample.py --ckpt {ckpt} --out {new}/a.blp', 'end the name in .png'),
-    'a folder for a sheet': ('sample.py --ckpt {ckpt} --out {pngfolder}', 'it is a folder: end the name in .png'),
+    'a folder for a sheet': ('sample.py --ckpt {ckpt} --out {pngfolder}', 'is a folder: give the name of a picture'),
     'a folder for a checkpoint': ('sample.py --ckpt {folder}', 'there is {folder}/ckpt10.pt, {folder}/ckpt20.pt'),
     'a whole model for a checkpoint': ('sample.py --ckpt {wholemodel}', 'no readable checkpoint'),
     'a checkpoint with no heads': ('sample.py --ckpt {headless}', 'does not fit the model'),
@@ -254,8 +254,9 @@ def test_one_line_and_a_non_zero_exit(name, places):
     assert not places['mark'].exists()  # no file has run code
 
 
-def test_so_does_a_command_typed_at_a_prompt(places):
-    line, words = (text.format(**places) for text in MISTAKES['a checkpoint that runs code'])
+@pytest.mark.parametrize('name', ['a size of nothing', 'a checkpoint that runs code'])
+def test_so_does_a_command_typed_at_a_prompt(name, places):
+    line, words = (text.format(**places) for text in MISTAKES[name])
     done = subprocess.run(command(*line.split(' ')), **PIPED)
     assert done.returncode == 1 and done.stdout.startswith('error: ') and words in done.stdout
     assert len(done.stdout.splitlines()) == 1
@@ -276,7 +277,9 @@ def test_a_folder_without_permission(data, tmp_path):
 
 
 def test_commands_run_from_any_folder(data, tmp_path):
-    call('train.py', 'config/demo.py', *TINY, f'--data_dir={data}', '--out_dir=mine', '--max_iters=1', cwd=tmp_path)
+    def typed(*line):
+        subprocess.run(command(*line), env=ENV, cwd=tmp_path, check=True)
+    typed('train.py', 'config/demo.py', *TINY, f'--data_dir={data}', '--out_dir=mine', '--max_iters=1')
     assert (tmp_path / 'mine' / 'ckpt1.pt').exists()
-    call('sample.py', '--ckpt', 'mine/ckpt1.pt', '--num_samples', 1, '--out', 'picture.png', cwd=tmp_path)
+    typed('sample.py', '--ckpt', 'mine/ckpt1.pt', '--num_samples', 1, '--out', 'picture.png')
     assert (tmp_path / 'picture.png').exists()
