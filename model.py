@@ -458,8 +458,9 @@ class Muon(torch.optim.Optimizer):
 def orthogonalise(matrices):
     """Return, for matrices (n, m) of one n <= m, nearly the nearest orthogonal ones: singular values of 0.7 to 1.2.
 
-    By five steps x <- p(x x^T) x of Newton and Schulz, p quadratic. They need x x^T alone, (n, n) however wide x is,
-    and add up to one factor.
+    Five Newton-Schulz steps x <- (a + b S + c S^2) x, where S = x x^T. Each multiplies x by a polynomial in S from the
+    left: so the loop keeps S alone, which is (n, n) however wide x is, and the product of the polynomials, by which x
+    is multiplied once. In float32: with products of less precision (TF32) small singular values end up at 5.
     """
     square = torch.stack([x @ x.t() for x in matrices])
     norm = square.diagonal(dim1=1, dim2=2).sum(-1)[:, None, None].sqrt() + 1e-7  # of x

@@ -480,7 +480,6 @@ def set_up_machine(config):
             torch.cuda.set_device(device)
         device = 'cpu' if device == 'mps' else device
         dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
-    torch.set_float32_matmul_precision('high')  # TF32, where a GPU has it
     return Machine(rank, world_size, device, extras.pick_dtype(config.dtype, device),
                    extras.pick_compile(config.compile, device))
 

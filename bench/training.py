@@ -118,7 +118,6 @@ def main():
     dtype = extras.pick_dtype(args.dtype, device)
     if args.peak:
         return peak_memory(args.peak[0], args.config, int(args.peak[1]), dtype, device)
-    torch.set_float32_matmul_precision('high')  # as in train.py
     cuda = device.startswith('cuda')
     hardware = device_name(device)
     peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if hardware.startswith(name)), None)

@@ -438,7 +438,7 @@ needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU h
 
 @needs_a_gpu
 @pytest.mark.parametrize('compiled', [False, True], ids=['eager', 'compiled'])
-@pytest.mark.parametrize('kind', ['ancestor', 'full', 'reach'])
+@pytest.mark.parametrize('kind', ['ancestor', 'full', 'reach', 'chroma'])
 def test_gradients_on_a_gpu_are_those_of_a_cpu(kind, compiled):
     model, tokens, gradients = small(kind, tokens=1024, std=0.1).train(), images(4, 32), []
     for device in ('cpu', 'cuda'):
@@ -448,6 +448,14 @@ def test_gradients_on_a_gpu_are_those_of_a_cpu(kind, compiled):
         gradients.append({name: p.grad.cpu().clone() for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
         assert (gradient - gradients[1][name]).norm() < 1e-3 * gradient.norm() + 1e-6, name
+
+
+@needs_a_gpu
+def test_muon_makes_on_a_gpu_what_it_makes_on_a_cpu():
+    scales = torch.logspace(0, -4, 32)[:, None]  # so that singular values differ as much as those of a gradient
+    matrices = [torch.randn(32, 96) * scales, torch.randn(32, 40) * scales]
+    for a, b in zip(orthogonalise(matrices), orthogonalise([m.cuda() for m in matrices])):
+        assert torch.allclose(a, b.cpu(), atol=1e-2)
 
 
 @needs_a_gpu

@@ -221,6 +221,12 @@ def test_two_ranks_are_one_process_with_the_same_batch(data, tmp_path, model):
     assert 'ckpt8.pt' in printed[0]
 
 
+def test_products_in_float32_stay_exact():
+    # TF32 is for networks; Muon's iteration goes astray in it, and nothing but a GPU shows that
+    machine = train.set_up_machine(train.TrainConfig(device='cpu'))
+    assert machine.device == 'cpu' and torch.get_float32_matmul_precision() == 'highest'
+
+
 def test_without_start_embedding_it_trains_and_paints(data, tmp_path):
     run(data, tmp_path, '--max_iters=3', '--start_embedding=False')
     checkpoint = load(tmp_path / 'ckpt3.pt')
