@@ -641,6 +641,9 @@ def main(argv=None):
             stop_if_not_finite(sum(p.sum().item() for p in run.model.parameters()), run, config)
             if master_process:
                 save_run(os.path.join(config.out_dir, 'ckpt_latest.pt'), run, config, meta,
+            if world_size > 1:  # the checkpoint holds one sum, from which all of them go on
+                dist.all_reduce(run.loss_sum)
+                run.loss_sum /= world_size
                          run.seconds + time.monotonic() - window_start)
             last_save = time.monotonic()
         if request == STOP:

@@ -83,6 +83,9 @@ class Script:
         wait_until(lambda: condition() or not self.is_alive())
         assert condition(), self.end()
 
+    def printed(self):
+        return Path(self.output.name).read_text()
+
     def send(self, number):
         os.kill(self.process.pid, number)
 
@@ -103,13 +106,18 @@ def call(script, *args, code=0, cwd='.'):
     return printed
 
 
-def call_two_ranks(*args):
-    """train.py in two processes that find each other as torchrun tells them to -> what each of them printed."""
+def two_ranks(*args):
+    """Start train.py in two processes that find each other as torchrun tells them to."""
     with socket.socket() as s:
         s.bind(('localhost', 0))
         port = str(s.getsockname()[1])  # a free one
     env = dict(WORLD_SIZE='2', MASTER_ADDR='localhost', MASTER_PORT=port)
-    ranks = [Script('train.py', *args, env={**env, 'RANK': rank, 'LOCAL_RANK': rank}) for rank in '01']
+    return [Script('train.py', *args, env={**env, 'RANK': rank, 'LOCAL_RANK': rank}) for rank in '01']
+
+
+def call_two_ranks(*args):
+    """Run train.py in two processes to their end -> what each of them printed."""
+    ranks = two_ranks(*args)
     printed = [rank.end() for rank in ranks]
     assert [rank.code for rank in ranks] == [0, 0], printed
     return printed

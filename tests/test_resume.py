@@ -16,7 +16,7 @@ import torch
 import extras
 import train
 from conftest import (ENV, PIPED, RECOMMENDED, ROOT, TINY, WARM, Script, call, call_two_ranks, command, heed_ctrl_c,
-                      torchrun, wait_until)
+                      torchrun, two_ranks, wait_until)
 from helpers import load, log, run, same
 
 # -----------------------------------------------------------------------------
@@ -275,8 +275,8 @@ def test_a_second_signal_stops_at_once(data, tmp_path):
 
 @pytest.mark.parametrize('how', ['SIGTERM to torchrun', 'Ctrl-C in its terminal'])
 def test_two_ranks_stop_together(data, tmp_path, how):
-    two_ranks = torchrun(*TINY, f'--data_dir={data}', f'--out_dir={tmp_path}', '--max_iters=100000')
-    process = subprocess.Popen(two_ranks, **PIPED, start_new_session=True, preexec_fn=heed_ctrl_c)
+    typed = torchrun(*TINY, f'--data_dir={data}', f'--out_dir={tmp_path}', '--max_iters=100000')
+    process = subprocess.Popen(typed, **PIPED, start_new_session=True, preexec_fn=heed_ctrl_c)
     wait_until(lambda: logged_up_to(tmp_path) >= 10 or process.poll() is not None)
     assert process.poll() is None, process.stdout.read()
     process.terminate() if how.startswith('SIGTERM') else os.killpg(process.pid, signal.SIGINT)
@@ -286,6 +286,20 @@ def test_two_ranks_stop_together(data, tmp_path, how):
     # resumed, without a step left to do
     args = [*TINY, f'--data_dir={data}', f'--out_dir={tmp_path}', '--init_from=resume', f'--max_iters={iteration}']
     assert f'going on from {tmp_path}/ckpt_latest.pt, iteration {iteration}' in call_two_ranks(*args)[0]
+
+
+def test_two_ranks_go_on_with_the_mean_loss_of_both(data, tmp_path):
+    args = [*TINY, f'--data_dir={data}', '--min_lr=3e-3', '--log_interval=1000000']  # a rate without a schedule
+    ranks = two_ranks(*args, f'--out_dir={tmp_path}/two', '--max_iters=100000')
+    ranks[0].wait_for(lambda: 'iter 1 |' in ranks[0].printed())
+    ranks[1].send(signal.SIGTERM)
+    printed = [rank.end(60) for rank in ranks]
+    assert [rank.code for rank in ranks] == [128 + signal.SIGTERM] * 2, printed
+    last = load(tmp_path / 'two' / 'ckpt_latest.pt')['iter_num'] + 1
+    call_two_ranks(*args, f'--out_dir={tmp_path}/two', '--init_from=resume', f'--max_iters={last}')
+    call('train.py', *args, f'--out_dir={tmp_path}/one', f'--max_iters={last}')
+    losses = [float(log(tmp_path / out)[0]['train_loss']) for out in ('one', 'two')]
+    assert losses[0] == pytest.approx(losses[1], abs=5e-5)
 
 
 def contents(folder):
