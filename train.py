@@ -681,16 +681,14 @@ def main(argv=None):
         best = shlex.quote(f'{config.out_dir}/ckpt{run.best_iter}.pt')
         machine.print(f'done: best validation {run.best_val_loss / math.log(2):.3f} bits/pixel at iteration '
                       f'{run.best_iter}. Paint with  python sample.py --ckpt {best}')
-        signals.clear()
     else:
         machine.print(f'\nstopped at iteration {run.iteration}. Go on with  {resume_command(sys.argv, world_size)}')
-        signals.append(signal.SIGTERM)  # if another process received it
     if world_size > 1:
         dist.barrier()  # nobody leaves while another process still evaluates
         model = loss = None  # they would release the process group after it is gone, which now and then never ends
         dist.destroy_process_group()
-    if signals:
-        sys.exit(128 + signals[0])
+    if not done:
+        sys.exit(128 + (signals[0] if signals else signal.SIGTERM))  # none: another process has received it
 
 
 if __name__ == '__main__':
