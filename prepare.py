@@ -60,7 +60,7 @@ class Table:
         self.split, self.rows = split, rows.select_columns([column]).with_format('arrow')
         self.items = None  # for lists: (row, item) of every picture
         cells = some_rows(rows)[column].to_pylist()
-        if any(isinstance(cell, list) and len(items(cell)) == len(cell) for cell in cells):
+        if any(map(is_list_of_files, cells)):
             lengths = pyarrow.compute.list_value_length(self.rows.data.column(column)).fill_null(0).to_numpy()
             self.items = [(row, item) for row, length in enumerate(lengths.tolist()) for item in range(length)]
 
@@ -79,9 +79,13 @@ class Table:
 
 
 def items(cell):
-    """Return the pictures in a cell of a table: a list of files is several, but lists of numbers are pixels of one."""
-    several = isinstance(cell, list) and cell and all(item is None or isinstance(item, (dict, bytes)) for item in cell)
-    return cell if several else [cell]
+def is_list_of_files(cell):
+    """Return whether a cell of a table holds several pictures; a list of numbers holds the pixels of one."""
+    return isinstance(cell, list) and cell and all(item is None or isinstance(item, (dict, bytes)) for item in cell)
+
+
+    """Return the pictures in a cell of a table."""
+    return cell if is_list_of_files(cell) else [cell]
 
 
 def to_picture(item):
@@ -191,7 +195,7 @@ def open_all(args, cache_dir):
         within = [] if os.path.exists(text) else [
             path for path in (os.path.join(source, text) for source in args.source) if os.path.isdir(path)]
         splits = sorted({source.split for source in sources if source.split})
-        if splits and not within and '/' not in text and not os.path.exists(text):
+        if splits and not within and text != 'synthetic' and '/' not in text and not os.path.exists(text):
             raise UserError(f'--val_source {text} is no file, no folder and none of the splits ' + ', '.join(splits))
         opened = open_sources(within or [text], args, cache_dir)
         val_sources += [source for source in opened if not (isinstance(source, Prepared) and source.split == 'train')]

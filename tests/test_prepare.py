@@ -333,7 +333,8 @@ def test_the_column_is_chosen_by_what_is_in_it(pictures, files, tmp_path, first)
     assert f'--column=photo: there is {", ".join(sorted([first, "image"]))}' in out
 
 
-@pytest.mark.parametrize('kind', ['list of images', 'list of bytes', 'pixels', 'pixels, colours first', 'Array3D'])
+@pytest.mark.parametrize('kind', ['list of images', 'list of bytes', 'pixels', 'pixels, colours first', 'Array3D',
+                                  'Array3D, one colour'])
 def test_lists_of_images_and_lists_of_pixels(files, tmp_path, kind):
     import datasets
     small = [np.asarray(Image.open(io.BytesIO(data)).convert('RGB').resize((16, 16))) for _, data in files[:6]]
@@ -344,11 +345,13 @@ def test_lists_of_images_and_lists_of_pixels(files, tmp_path, kind):
         'pixels': ([image.tolist() for image in small], None),
         'pixels, colours first': ([image.transpose(2, 0, 1).tolist() for image in small], None),
         'Array3D': (small, datasets.Array3D((16, 16, 3), 'uint8')),
+        'Array3D, one colour': ([image[None, ..., 0] for image in small], datasets.Array3D((1, 16, 16), 'uint8')),
     }[kind]
     columns = {'x': cells, 'label': list(range(len(cells)))}
     features = {'x': feature, 'label': datasets.Value('int64')} if feature else None
     write_table(tmp_path / 'a.parquet', columns, features)
     call('prepare.py', '--source', tmp_path / 'a.parquet', '--size', 16, '--out_dir', tmp_path / 'out')
+    small = [image[..., 0] if kind.endswith('one colour') else image for image in small]
     expected = tokens_in(files[:5]) if kind.startswith('list') else tokens_from(map(Image.fromarray, small))
     assert tokens_of(tmp_path / 'out') == expected
 
@@ -369,6 +372,9 @@ def test_a_clone_of_a_hub_repository(pictures, files, tmp_path):
     assert tokens_of(tmp_path / 'out', 'val') == tokens_in(files[10:15])
     out = call('prepare.py', '--source', repo, '--val_source', 'tset', '--out_dir', tmp_path / 'out', code=1)
     assert '--val_source tset is no file, no folder and none of the splits test, train' in out
+    call('prepare.py', '--source', repo, '--val_source', 'synthetic', '--num_images', 3, '--size', 16,
+         '--out_dir', tmp_path / 'out')
+    assert len(tokens_of(tmp_path / 'out', 'val')) == 3
     # the layout of the Hub's own conversions
     for split in ('train', 'test'):
         folder = tmp_path / 'default' / split
