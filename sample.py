@@ -92,7 +92,8 @@ def plain_loop(model, images, seeds, draw, first):
 def wave_loop(model, images, seeds, draw, first):
     """Paint the same images wave by wave, with a cache: on a CPU."""
     decoder = Decoder(model, images, first)
-    for pixels in adapt_threads(decoder.waves(first), 2 * len(images)):
+    most = 2 * len(images)  # threads: a wave of one image has work for two
+    for pixels in adapt_threads(decoder.waves(first), most):
         images[:, pixels] = decoder.step(pixels, seeds, draw)
         yield len(pixels)
 
@@ -108,7 +109,8 @@ def graph_loop(model, images, seeds, draw, first, steps=8):
     counts = [len(pixels) for pixels in waves]
     waves += waves[-1:] * (-len(waves) % steps)
     # waves are padded with their last pixel, and the last wave is repeated: to paint a pixel again changes nothing
-    table = torch.stack([F.pad(pixels, (0, max(counts) - len(pixels)), value=int(pixels[-1])) for pixels in waves])
+    table = nn.utils.rnn.pad_sequence(waves, batch_first=True, padding_value=-1)
+    table = torch.where(table < 0, table.amax(1, keepdim=True), table)
     wave = torch.zeros(1, dtype=torch.long, device=images.device)  # row of the table
 
     def run():
@@ -129,7 +131,7 @@ def graph_loop(model, images, seeds, draw, first, steps=8):
         else:
             if graph is None:
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, capture_error_mode='thread_local'):  # others may load a checkpoint
                     run()
             graph.replay()
         pixels = table[begin:begin + steps].flatten()
@@ -153,6 +155,7 @@ def wave_stride(config):
     """
     if not config.reach:
         return config.width
+    # a neighbour (row, column) is in an earlier wave if column + stride * row < 0
     furthest = max((column // -row for row, column in NEIGHBOURS[:config.neighbours] if row), default=0)
     return min(max(config.reach, furthest + 1), config.width)
 
@@ -174,7 +177,7 @@ class Decoder:
         # weights, as plain functions where that is faster: for few pixels, calling a module takes longer than its work
         colours = model.lm_head.weight
         wte = h.up(colours)
-        self.wte = torch.cat((wte, h.wse.weight if c.start_embedding else wte[:1]))  # (V + 1, C); the last: the start
+        self.wte = torch.cat((wte, h.wse.weight)) if c.start_embedding else wte  # (V + 1, C), the start last, or (V, C)
         self.positions, self.ln_f, self.head = model.positions(), layer_norm(h.ln_f), product(colours)
         self.down = linear(model.down) if c.n_colour else nn.Identity()
         self.layers = [(b.attn.kind, layer_norm(b.ln_1), linear(b.attn.c_attn), linear(b.attn.c_proj),
@@ -209,7 +212,7 @@ class Decoder:
         self.cache = [colours.new_zeros(2, lanes[kind], B * c.n_head, slots[kind], c.n_embd // c.n_head)
                       for kind, *_ in self.layers]
         # added to the scores of each column (local) or row (column), (W or H, B * nh, 1, slots)
-        self.masks = {b.attn.kind: b.attn.mask[0].expand(c.n_head, -1, -1).repeat(B, 1, 1).transpose(0, 1)[:, :, None]
+        self.masks = {b.attn.kind: b.attn.mask[0].repeat(B, 1, 1).transpose(0, 1)[:, :, None]
                       for b in h.h if b.attn.kind != 'full'}
         self.prefill(images[:, :first])
 
@@ -238,7 +241,8 @@ class Decoder:
         """Paint the pixels (n,) of a wave: (B, n). seeds (B,); draw: logits, noise (n * B, V) -> tokens (n * B,)."""
         logits = self.decode(pixels)
         noise = gumbel_noise(seeds, pixels, logits.size(-1)).flatten(0, 1)
-        self.canvas[self.cells[pixels]] = colours = draw(logits, noise).view(-1, self.B)
+        colours = draw(logits, noise).view(-1, self.B)
+        self.canvas[self.cells[pixels]] = colours
         return colours.t()
 
     def decode(self, pixels):
@@ -308,9 +312,9 @@ def product(weight, bias=None):
     """Return x (n, in) -> x @ weight.T + bias, (n, out), as a function.
 
     Outputs are computed in blocks: two cores share them, and cuBLAS has better kernels for them where there are few
-    rows (on an H200 52 us for 8 rows times a matrix of 128 x 128, 6.5 us for it in four blocks).
+    rows (on an H200 52 us for 8 rows times a matrix of 128 x 128, 7.8 us for it in four blocks).
     """
-    blocks = 16 if len(weight) == 4096 else 4 if len(weight) % 4 == 0 else 1
+    blocks = 16 if len(weight) == 4096 else math.gcd(len(weight), 4)
     weight = weight.view(blocks, -1, weight.size(1)).mT.contiguous()  # (blocks, in, out / blocks)
 
     def multiply(x):
@@ -336,22 +340,24 @@ def images_at_once(model):
     return max(1, min(free // 2 // image, 65_535 // max(config.width, config.tokens_per_image // config.width)))
 
 
-def adapt_threads(waves, most, few=8):
-    """Yield waves, painted by so many threads at most, as long as that is faster than one thread.
+def adapt_threads(waves, most, block=8):
+    """Yield waves, and choose how many threads paint them: one, or more, up to most, while that is faster.
 
-    On a busy machine threads wait for each other, and two take up to twenty times as long as one.
+    On a busy machine threads wait for each other, and two take up to twenty times as long as one. So one thread paints
+    the first six blocks of waves, the sixth against the clock (the first waves are short); then more are tried. As soon
+    as they take longer over a block than one thread would, one thread paints the rest.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     alone = math.inf  # seconds that one thread takes for a pixel, once more threads are tried
-    for begin in range(0, len(waves), few):
-        began, pixels = time.perf_counter(), sum(map(len, waves[begin:begin + few]))
-        for wave in waves[begin:begin + few]:
+    for begin in range(0, len(waves), block):
+        began, pixels = time.perf_counter(), sum(map(len, waves[begin:begin + block]))
+        for wave in waves[begin:begin + block]:
             yield wave
-            if time.perf_counter() - began > 1.1 * alone * pixels:  # slower: one thread for the rest
+            if time.perf_counter() - began > 1.1 * alone * pixels:
                 torch.set_num_threads(1)
                 alone = math.inf
-        if begin == 5 * few and min(before, most) > 1:  # the first waves are short
+        if begin == 5 * block and min(before, most) > 1:
             alone = (time.perf_counter() - began) / pixels
             torch.set_num_threads(min(before, most))
     torch.set_num_threads(before)
@@ -406,7 +412,7 @@ def sample(logits, noise):
 
     It needs no sum over the colours, so that rounding of the logits changes only about one pixel in a million.
     """
-    return (logits + noise).max(-1).indices
+    return (logits + noise).argmax(-1)
 
 
 def gumbel_noise(seeds, pixels, V):
@@ -428,6 +434,14 @@ def gumbel_noise(seeds, pixels, V):
 # -----------------------------------------------------------------------------
 # the command
 
+@functools.lru_cache(maxsize=2)
+def load_model(path, device):
+    """Return the model of a checkpoint, the (height, width) of its pictures, its temperature. Raises UserError."""
+    checkpoint = extras.load_checkpoint(path, device)
+    model = extras.build_model(checkpoint, path, device)
+    return model, (checkpoint['height'], checkpoint['width']), checkpoint['temperature']
+
+
 def read_picture(path, size):
     """Return the tokens (height * width,) of a picture file, scaled to size = (width, height). Raises UserError."""
     try:
@@ -447,12 +461,12 @@ def paint_samples(model, prompt, args, progress):
         # a CPU paints the first picture alone, to show it after a second; side by side the others are faster
         first_alone = done == 0 and not model.lm_head.weight.is_cuda
         n = min(1 if first_alone else images_at_once(model), args.num_samples - done)
-        yield from model.generate(np.tile(prompt, (n, 1)), temperature=args.temperature, top_k=args.top_k,
-                                  top_p=args.top_p, generator=generator, progress=progress).cpu().numpy()
+        yield from generate(model, np.tile(prompt, (n, 1)), temperature=args.temperature, top_k=args.top_k,
+                            top_p=args.top_p, generator=generator, progress=progress).cpu().numpy()
         done += n
 
 
-def sheet(images, shape, scale, prompt, original, columns=None):
+def sheet(images, shape, scale, prompt, original, columns):
     """Return a picture of all images (tokens_per_image,), completions between their prompt and the original."""
     if original is not None:
         images = [np.where(np.arange(len(original)) < len(prompt), original, GREY), *images, original]
@@ -483,14 +497,6 @@ PAINTER = threading.Lock()  # paints alone: inference_settings are those of the 
 ENDING = threading.Event()  # Ctrl-C has been pressed: Python waits at its end for every thread that still paints
 
 
-@functools.lru_cache(maxsize=2)
-def load(path, device):
-    """Return the model of a checkpoint, the (height, width) of its pictures, its temperature. Raises UserError."""
-    checkpoint = extras.load_checkpoint(path, device)
-    model = extras.build_model(checkpoint, path, device)
-    return model, (checkpoint['height'], checkpoint['width']), checkpoint['temperature']
-
-
 def paint_live(model, prompts, args, device):
     """Paint as paint_samples does, from each prompt in turn, and yield all images so far, several times a second.
 
@@ -506,7 +512,6 @@ def paint_live(model, prompts, args, device):
 
     def paint():
         with PAINTER:
-            extras.pick_device(device)  # of this thread
             for prompt in prompts:
                 for image in paint_samples(model, prompt, args, progress):
                     painted.append(image)
@@ -532,7 +537,7 @@ def build_page(args, device):
         raise UserError('--web needs gradio: pip install gradio') from None
     if int(gr.__version__.split('.')[0]) < 6:
         raise UserError(f'--web needs gradio 6, and this is {gr.__version__}: pip install -U gradio')
-    model, shape, usual_temperature = load(args.ckpt, device)
+    model, shape, usual_temperature = load_model(args.ckpt, device)
     height, width = shape
     heads = extras.checkpoint_heads(os.path.dirname(args.ckpt) or '.')
     iterations = {os.path.normpath(path): head['iter_num'] for path, head in heads.items()}
@@ -578,7 +583,7 @@ def build_page(args, device):
             if not 0 <= (seed or 0) <= 2 ** 53:
                 raise UserError('the seed has to be a whole number from 0 to 2 ** 53')
             prompts, original = make_prompts(*inputs)
-            model, its_shape, _ = load(ckpt, device)
+            model, its_shape, _ = load_model(ckpt, device)
             if its_shape != shape:
                 raise UserError(f'{ckpt} paints pictures of another size: start a page with it')
             count = count if len(prompts) == 1 else 1
@@ -660,7 +665,7 @@ def build_page(args, device):
         # a little later, after the last picture that was on its way
         stop.click(lambda: time.sleep(0.5) or 'stopped', None, status, cancels=painters, **hidden)
         dice.click(lambda: random.randrange(10 ** 6), None, seed, **hidden)
-        ckpt.input(mistakes_shown()(lambda path: load(path, device)[2]), ckpt, temperature, **hidden)
+        ckpt.input(mistakes_shown()(lambda path: load_model(path, device)[2]), ckpt, temperature, **hidden)
         gr.on([upload.upload, rows.input], preview, [upload, rows], [picture, status, gif], show_progress='hidden',
               trigger_mode='always_last',  # while a number is typed, rows can be any or none
               js=f'(file, rows) => [file, Math.min(Math.max(rows, 1), {height - 1})]')
@@ -733,7 +738,7 @@ def main(argv=None):
     if args.web:
         for name in ('first_pixel', 'num_samples', 'image', 'rows', 'out', 'scale', 'gif'):
             if getattr(args, name) != parser.get_default(name):
-                raise UserError(f'--web has no use for --{name}: the page asks for it')
+                raise UserError(f'--web has no use for --{name}: leave it out')
         serve_page(args, device)
         return
     stem, ending = os.path.splitext(args.out)
@@ -742,11 +747,10 @@ def main(argv=None):
         raise UserError(f'--gif writes {stem}.gif: end the name of the sheet, --out, in .png')
     extras.make_folder(os.path.dirname(args.out) or '.')
 
-    checkpoint = extras.load_checkpoint(args.ckpt, device)
-    model = extras.build_model(checkpoint, args.ckpt, device)
+    model, shape, usual_temperature = load_model(args.ckpt, device)
+    height, width = shape
     if args.temperature is None:
-        args.temperature = checkpoint['temperature']
-    shape = height, width = checkpoint['height'], checkpoint['width']
+        args.temperature = usual_temperature
     if args.image is not None:
         rows = height // 2 if args.rows is None else args.rows
         meaning = f'from 1 to {height - 1}: how many of the {height} rows to keep'
