@@ -545,11 +545,6 @@ NO_PICTURES = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'IPTC', 'MPEG', 'PDF', 'WMF'}
 PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 24, 2 ** 28  # bytes: some hold long texts
 
 
-def width_and_height(size):
-    """Return (width, height) of that or of one number for a square."""
-    return (size, size) if isinstance(size, int) else size
-
-
 def is_picture(path):
     """Return whether a file is a picture: by its ending if that says so, else by its content."""
     kind = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
@@ -570,7 +565,7 @@ def load_rgb(file, size):
     to sRGB by the profile in the file. Damaged metadata is ignored. Raises whatever Pillow raises if the pixels cannot
     be read.
     """
-    width, height = width_and_height(size)
+    width, height = (size, size) if isinstance(size, int) else size
     with _quiet(), _open(file) as image:
         # a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which leaves at least 4 pixels for one of ours
         total, wanted = image.width * image.height, 4 * max(width, height)

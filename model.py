@@ -11,8 +11,8 @@ What lets it see in two dimensions are switches of GPTConfig, all off by default
 embedding. The model comes first, then its loss and Muon. sample.py paints with the same layers, a few pixels at a time.
 
 Shapes: B images, T pixels, P positions (T with the start embedding, else T - 1; in the layers padded to whole rows),
-C = n_embd, nh = n_head, hs = C / nh, V = vocab_size, K = neighbours, D = n_colour or C, L = 48 (or 110) levels and
-differences of levels.
+C = n_embd, nh = n_head, hs = C / nh, V = vocab_size, K = neighbours, D = n_colour or C, L = 48 levels of red, green and
+blue, or 110 with those of red - green and blue - green.
 """
 import math
 from contextlib import nullcontext
@@ -138,8 +138,8 @@ class CausalSelfAttention(nn.Module):
             kv.append(qkv[1:])
         # a CPU stays in float32: in bfloat16 its backward pass takes five times as long
         with nullcontext() if x.is_cuda else torch.autocast('cpu', enabled=False):
-            q, k, own = qkv if x.is_cuda else qkv.to(x.dtype)
-            v = own
+            q, k, v = qkv if x.is_cuda else qkv.to(x.dtype)
+            own = v  # before the values of the row above come in front of them
             if self.kind == 'local':  # the row above before the row itself; the first row attends to zeros above it
                 row_above = lambda t: F.pad(t.unflatten(0, (B, -1)), (0, 0, 0, 0, 0, 0, 1, -1)).flatten(0, 1)
                 k, v = (torch.cat((row_above(t), t), dim=2) for t in (k, v))
@@ -198,8 +198,8 @@ class Stem(nn.Module):
             at = torch.tensor(NEIGHBOURS[:config.neighbours])
             touch = (at[:, None] - at).abs().sum(-1).triu() == 1
             self.register_buffer('touching', touch.nonzero().t().contiguous(), persistent=False)  # (2, pairs)
-            # outside the image every value is 46: of colours they are -15 to 15, so that two of them differ by 30 at
-            # most, and from 46 by 31 to 61
+            # values of colours are -15 to 15, so two colours differ by at most 30; outside the image every value is
+            # 46, which differs from a colour's by 31 to 61
             self.register_buffer('values', F.pad(VALUES, (0, 0, 0, 1), value=46), persistent=False)  # (V + 1, 5)
             # a difference d as five numbers, in row 61 + d: itself, its size, on two curved scales, and whether it is 0
             d = torch.arange(-61.0, 62)[:, None]
@@ -348,10 +348,11 @@ class GPT(nn.Module):
 def relative_tables(chroma):
     """Return what turns relative scores into scores of pairs of levels: two tables, and how many scores there are.
 
-    A value of a colour (red, ...) that is one of n has 2 n - 1 scores, for its differences from that of a neighbour:
-    93 scores in all, with chroma 215. L = 48 or 110 counts the n. Red and red - green are the same for every blue, the
-    other values for every red: so what the scores add to 4,096 logits are sums of one number for each of 256 pairs of
-    red and green and one for each of 256 pairs of green and blue, 512 in all.
+    A colour has three values, red, green and blue; with chroma also red - green and blue - green. Each has a score for
+    every difference between the predicted pixel and a neighbour: a value with n levels (16, of chroma 31) has 2 n - 1.
+    That makes 3 * 31 = 93 scores, with chroma 93 + 2 * 61 = 215; L is the sum of the n. Red and red - green depend on
+    (red, green) alone, the other values on (green, blue). So what the scores add to 4,096 logits is one number for each
+    of 256 pairs (red, green) plus one for each of 256 pairs (green, blue), 512 in all.
         score_index (V + 1, L): row t tells which score each of the n gets beside colour t. Outside the image, t = V,
             all n get the same one, which softmax ignores
         pairs (512, L): 1 where a pair of red and green (for red, red - green) or green and blue (others) has that value
@@ -448,11 +449,13 @@ class Muon(torch.optim.Optimizer):
             # matrices of one height, after transposing tall ones, together: fewer kernels to launch on a GPU
             together = {}
             for p, update in zip(params, updates):
-                together.setdefault(min(p.shape), []).append((p, update if p.size(0) <= p.size(1) else update.t()))
+                rate = group['lr'] * max(1, p.size(0) / p.size(1)) ** 0.5
+                if p.size(0) > p.size(1):
+                    p, update = p.t(), update.t()  # views: what is added to them is added to the weights
+                together.setdefault(p.size(0), []).append((p, update, rate))
             for members in together.values():
-                for (p, _), o in zip(members, orthogonalise([update for _, update in members])):
-                    rate = group['lr'] * max(1, p.size(0) / p.size(1)) ** 0.5
-                    p.add_(o if p.size(0) <= p.size(1) else o.t(), alpha=-rate)
+                for (p, _, rate), o in zip(members, orthogonalise([update for _, update, _ in members])):
+                    p.add_(o, alpha=-rate)
 
 
 def orthogonalise(matrices):

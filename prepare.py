@@ -31,6 +31,7 @@ from tqdm import tqdm
 import extras
 from extras import UserError
 
+# in the names of parquet files and of their folders
 SPLITS = 'train|validation|valid|val|dev|test|eval'
 WRITTEN = {'train.bin', 'val.bin', 'preview.png', 'meta.pkl'}
 
@@ -78,12 +79,12 @@ class Table:
         return to_picture(items(self.rows[row].column(0)[0].as_py())[item])
 
 
-def items(cell):
 def is_list_of_files(cell):
     """Return whether a cell of a table holds several pictures; a list of numbers holds the pixels of one."""
     return isinstance(cell, list) and cell and all(item is None or isinstance(item, (dict, bytes)) for item in cell)
 
 
+def items(cell):
     """Return the pictures in a cell of a table."""
     return cell if is_list_of_files(cell) else [cell]
 
@@ -99,7 +100,7 @@ def to_picture(item):
     if isinstance(item, bytes):
         return io.BytesIO(item)
     pixels = np.squeeze(item)  # (h, w), (h, w, 3) or (3, h, w)
-    if isinstance(item, str) or pixels.dtype.kind not in 'iuf' or pixels.ndim not in (2, 3):
+    if pixels.dtype.kind not in 'iuf' or pixels.ndim not in (2, 3):
         raise ValueError('no picture')
     if pixels.ndim == 3 and pixels.shape[0] in (3, 4) and pixels.shape[2] not in (3, 4):
         pixels = np.moveaxis(pixels, 0, -1)
@@ -221,7 +222,7 @@ def find_files(root):
 
 
 def sort_files(paths):
-    """Return (pictures, parquet files, others). What is neither a file nor a dead link, as a pipe, is never opened."""
+    """Return (pictures, parquet files, others). Pipes and devices are never opened."""
     pictures, shards, others = [], [], []
     for path in paths:
         if not os.path.isfile(path) and os.path.exists(path):
@@ -248,9 +249,37 @@ def has_configurations(folder):
     """Return whether the card of a data set, the head of its README.md, says which of its files belong together."""
     try:
         with open(os.path.join(folder, 'README.md'), errors='replace') as f:
-            return re.match(r'---\n((?!---).*\n)*?configs:', f.read(100_000)) is not None
+            head = f.read(100_000).split('\n---', 1)[0]  # the YAML between two lines of ---
+            return head.startswith('---\n') and '\nconfigs:' in head
     except OSError:
         return False
+
+
+def by_split(shards, links):
+    """Return {split: [path]} of parquet files that hold rows, by the splits that their names tell. Raises UserError.
+
+    load_dataset expands more wildcards than glob.escape knows: where links can be made, in the folder links, it gets
+    plain names.
+    """
+    import pyarrow.parquet
+    files = {}
+    for i, shard in enumerate(shards):
+        try:
+            with open(shard, 'rb') as f:
+                rows = pyarrow.parquet.read_metadata(f).num_rows
+        except Exception as e:
+            raise UserError(f'{shard} is no whole parquet file ({extras.brief(e, 60)}): get it again (git lfs pull, in '
+                            'a clone), or move it away') from None
+        if not rows:  # which load_dataset cannot read
+            continue
+        folder, file = os.path.abspath(shard).lower().split(os.sep)[-2:]
+        split = re.search(rf'(?<![a-z])({SPLITS})(?![a-z])', file) or re.fullmatch(SPLITS, folder)
+        plain = glob.escape(shard)
+        with contextlib.suppress(OSError):
+            os.symlink(os.path.abspath(shard), os.path.join(links, f'{i}.parquet'))
+            plain = os.path.join(links, f'{i}.parquet')
+        files.setdefault(split.group() if split else 'rows', []).append(plain)
+    return files
 
 
 def open_tables(name, args, shards=None, cache_dir=None, required=True):
@@ -264,24 +293,7 @@ def open_tables(name, args, shards=None, cache_dir=None, required=True):
     except ImportError as e:  # missing, or its pyarrow and the installed NumPy do not fit each other
         raise UserError(f'cannot import datasets ({e}): install versions that match, or use picture files') from None
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said below, once
-    files, links = {}, tempfile.mkdtemp(dir=cache_dir) if shards else None
-    for i, shard in enumerate(shards or ()):
-        try:
-            with open(shard, 'rb') as f:
-                rows = pyarrow.parquet.read_metadata(f).num_rows
-        except Exception as e:
-            raise UserError(f'{shard} is no whole parquet file ({extras.brief(e, 60)}): get it again (git lfs pull, in '
-                            'a clone), or move it away') from None
-        if not rows:  # which load_dataset cannot read
-            continue
-        folder, file = os.path.abspath(shard).lower().split(os.sep)[-2:]
-        split = re.search(rf'(?<![a-z])({SPLITS})(?![a-z])', file) or re.fullmatch(SPLITS, folder)
-        # load_dataset expands more wildcards than glob.escape knows: where links can be made, it gets plain names
-        plain = glob.escape(shard)
-        with contextlib.suppress(OSError):
-            os.symlink(os.path.abspath(shard), os.path.join(links, f'{i}.parquet'))
-            plain = os.path.join(links, f'{i}.parquet')
-        files.setdefault(split.group() if split else 'rows', []).append(plain)
+    files = by_split(shards, tempfile.mkdtemp(dir=cache_dir)) if shards else {}
     if shards and not files:
         if required:
             raise UserError(f'no rows in {shards[0]}: name another file')
@@ -291,7 +303,7 @@ def open_tables(name, args, shards=None, cache_dir=None, required=True):
         splits = datasets.load_dataset(name, config, data_files=files or None, cache_dir=cache_dir)
     except Exception as e:  # the network, the Hub, a damaged file: all come from below with their own classes
         names = []
-        if 'onfig' in str(e) and not shards:
+        if 'config' in str(e).lower() and not shards:
             with contextlib.suppress(Exception):
                 names = datasets.get_dataset_config_names(name)
         if names:
@@ -462,8 +474,7 @@ def publish(staging, out_dir):
     """
     if hasattr(signal, 'pthread_sigmask'):  # not even Ctrl-C comes between, which would leave neither
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(os.path.join(out_dir, 'meta.pkl'))
+    extras.remove(os.path.join(out_dir, 'meta.pkl'))
     for name in ('train.bin', 'val.bin', 'preview.png', 'meta.pkl'):
         os.replace(os.path.join(staging, name), os.path.join(out_dir, name))
     if hasattr(signal, 'pthread_sigmask'):

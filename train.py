@@ -149,7 +149,7 @@ def update_average(averaged_model, model, iteration, mean_age):
 # evaluation
 
 @torch.no_grad()
-def evaluate(model, data, config, machine, signals=()):
+def evaluate(model, data, config, machine, signals):
     """Return the mean loss in nats over every predicted pixel of all images in data; None if a signal came meanwhile.
 
     Each process takes its share of the images.
@@ -171,26 +171,26 @@ def evaluate(model, data, config, machine, signals=()):
     return total / count if count == len(data) else None
 
 
-def save_samples(path, model, data, config, meta, signals=()):
-    """Paint num_samples images, with the same noise at every evaluation, and save a sheet: whether no signal came."""
+def save_samples(path, model, data, config, meta, signals):
+    """Paint num_samples images, with the same noise at every evaluation, and save a sheet. False if a signal came."""
     prompts = np.zeros((config.num_samples, 0))
     if not config.start_embedding:  # the first pixels of real images
         prompts = np.resize(data[:config.num_samples, :1], (config.num_samples, 1))
     total = len(prompts) * (meta['tokens_per_image'] - prompts.shape[1])
+    generator = torch.Generator().manual_seed(config.seed)
+    with tqdm(total=total, desc='painting', unit='px', unit_scale=True, leave=False, disable=None) as bar:
+        def progress(pixels, images):
+            bar.update(pixels)
+            if signals:
+                raise KeyboardInterrupt  # the only way out of generate
 
-    def progress(pixels, images):
-        bar.update(pixels)
-        if signals:
-            raise KeyboardInterrupt
-
-    with tqdm(total=total, desc='painting', unit='px', unit_scale=True, leave=False, disable=None) as bar, \
-            contextlib.suppress(KeyboardInterrupt):
-        generator = torch.Generator().manual_seed(config.seed)
-        tokens = model.generate(prompts, temperature=config.temperature, generator=generator, progress=progress)
-        images = tokens.reshape(-1, meta['height'], meta['width'])
-        extras.save_picture(extras.sheet([extras.to_image(image, scale=2) for image in images]), path)
-        return True
-    return False
+        try:
+            tokens = model.generate(prompts, temperature=config.temperature, generator=generator, progress=progress)
+        except KeyboardInterrupt:
+            return False
+    images = tokens.reshape(-1, meta['height'], meta['width'])
+    extras.save_picture(extras.sheet([extras.to_image(image, scale=2) for image in images]), path)
+    return True
 
 # -----------------------------------------------------------------------------
 # the log
@@ -208,11 +208,11 @@ def read_log(path):
 class Log:
     """log.csv, its plot loss.png, and Weights & Biases if the config asks for it."""
 
-    def __init__(self, config, meta, wandb, first):
-        """Start a log, or continue one after iteration first, without its later rows."""
+    def __init__(self, config, meta, wandb, iteration):
+        """Start a log, or continue one: its rows after that iteration are dropped."""
         self.config, self.meta, self.wandb = config, meta, wandb
         self.path = os.path.join(config.out_dir, 'log.csv')
-        rows = [row for row in read_log(self.path) if int(row.split(',')[0]) <= first]
+        rows = [row for row in read_log(self.path) if int(row.split(',')[0]) <= iteration]
         with extras.atomic_write(self.path) as f:
             f.write((','.join(LOG_COLUMNS) + '\n' + ''.join(rows)).encode())
 
@@ -286,8 +286,7 @@ class Run:
 
 def start_run(config, meta, machine):
     """Return a new run with random weights. Raises UserError."""
-    sizes = dict(block_size=meta['tokens_per_image'] - (not config.start_embedding), vocab_size=meta['vocab_size'],
-                 width=meta['width'])
+    sizes = dict(block_size=meta['tokens_per_image'] - (not config.start_embedding), width=meta['width'])
     switches = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)}
     torch.manual_seed(config.seed)
     try:
@@ -305,7 +304,7 @@ def start_run(config, meta, machine):
 def save_run(path, run, config, meta, seconds):
     """Write a checkpoint: all from which the run can continue exactly. seconds: of training so far."""
     extras.save_checkpoint(dict(
-        # names of nanoGPT where it has one
+        # nanoGPT's names where it has them
         model=run.averaged_model.state_dict(), training_model=run.model.state_dict() if config.average else None,
         optimizer=run.optimizers[0].state_dict(), muon=run.optimizers[1].state_dict() if config.muon_lr else None,
         scaler=run.scaler.state_dict(), model_args=asdict(run.model.config), iter_num=run.iteration,
@@ -314,10 +313,10 @@ def save_run(path, run, config, meta, seconds):
                  last_eval=run.last_eval, loss_sum=run.loss_sum.item(), loss_count=run.loss_count)), path)
 
 
-def save_evaluated(run, config, meta, seconds):
+def save_evaluated(run, config, meta):
     """Write ckpt<iteration>.pt, and remove ckpt_latest.pt and the oldest of too many checkpoints. Return its path."""
     path = os.path.join(config.out_dir, f'ckpt{run.iteration}.pt')
-    save_run(path, run, config, meta, seconds)
+    save_run(path, run, config, meta, run.seconds)
     # the best one and the last one stay, and whatever other runs have left here
     too_many = max(0, len(run.saved) - config.keep_checkpoints)
     for oldest in [i for i in run.saved[:-1] if i != run.best_iter][:too_many]:
@@ -366,7 +365,8 @@ def restore_run(path, run, config, meta, machine):
     if resume:  # the order of the images depends on it
         theirs['batch_size'], ours['batch_size'] = checkpoint['config']['batch_size'], config.batch_size
     may_differ = ['dropout', *(['block_size', 'width'] if resized and config.row_column_positions else [])]
-    sizes_last = sorted(ours.items(), key=lambda item: item[0] in ('block_size', 'width'))  # which the data decide
+    # block_size and width last: the data decide them, so that a key of the config is the better one to name
+    sizes_last = sorted(ours.items(), key=lambda item: item[0] in ('block_size', 'width'))
     for name, value in sizes_last:
         if theirs[name] != value and name not in may_differ:
             raise UserError(f'{path} has {name}={theirs[name]}, this run {name}={value}: resume with the config (and '
@@ -392,6 +392,7 @@ def restore_run(path, run, config, meta, machine):
     if checkpoint['scaler']:  # empty, unless it was float16
         run.scaler.load_state_dict(checkpoint['scaler'])
     saved = checkpoint['run']
+    # at max_iters it may still lack its last evaluation, which a signal has cut short
     if max(checkpoint['iter_num'], saved['last_eval'] + 1) > config.max_iters:
         raise UserError(f"{path} has done all {checkpoint['iter_num']} iterations: raise --max_iters to go on")
     run.iteration, run.seconds, run.last_eval = checkpoint['iter_num'], saved['seconds'], saved['last_eval']
@@ -491,7 +492,8 @@ def compile_and_wrap(model, tokens, machine):
         machine.print('compiling the model, which takes up to a minute')
         compiled = torch.compile(model)
     if machine.world_size > 1:
-        compiled = DDP(compiled, device_ids=[machine.device] if machine.device.startswith('cuda') else None)
+        devices = [machine.device] if machine.device.startswith('cuda') else None
+        compiled = DDP(compiled, device_ids=devices, broadcast_buffers=False)  # they never change
     if machine.compile:
         try:
             with machine.autocast():
@@ -576,7 +578,7 @@ def main(argv=None):
     if master_process:  # all that can fail has been tried: from here on files are written
         for path in old_files:
             os.remove(path)
-        log = Log(config, meta, wandb, first=run.iteration if continues else 0)
+        log = Log(config, meta, wandb, run.iteration if continues else 0)
 
     start_iteration, window_iteration, signals = run.iteration, run.iteration, catch_signals(world_size)
     start_time = window_start = last_save = time.monotonic()  # window: since the last log line, without evaluations
@@ -622,7 +624,7 @@ def main(argv=None):
             run.saved.append(run.iteration)
             if master_process:
                 log.write(run, 'val_loss', val_loss)
-                path = save_evaluated(run, config, meta, run.seconds)
+                path = save_evaluated(run, config, meta)
                 log.plot()
                 picture = os.path.join(config.out_dir, 'images', f'output{run.iteration}.png')
                 painted = save_samples(picture, run.averaged_model, val_data, config, meta, signals)
@@ -639,11 +641,11 @@ def main(argv=None):
         request = agree(STOP if signals else SAVE if save_due else NOTHING, world_size)
         if request and run.iteration not in run.saved:  # whose ckpt<iteration>.pt was just written
             stop_if_not_finite(sum(p.sum().item() for p in run.model.parameters()), run, config)
-            if master_process:
-                save_run(os.path.join(config.out_dir, 'ckpt_latest.pt'), run, config, meta,
             if world_size > 1:  # the checkpoint holds one sum, from which all of them go on
                 dist.all_reduce(run.loss_sum)
                 run.loss_sum /= world_size
+            if master_process:
+                save_run(os.path.join(config.out_dir, 'ckpt_latest.pt'), run, config, meta,
                          run.seconds + time.monotonic() - window_start)
             last_save = time.monotonic()
         if request == STOP:
