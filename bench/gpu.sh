@@ -22,7 +22,7 @@ timeout 120 $python bench/training.py --device $device --batch $batches --steps 
 [ "$device" = cpu ] || timeout 60 $python bench/training.py --models recommended --batch $batch --compile yes --steps 1 --profile >"$out/profile.txt" 2>&1
 
 stage sampling
-timeout 120 $python bench/sampling.py --device $device --batch ${SAMPLES:-1 32 256 1024} 2>>"$out/errors.txt" | tee "$out/sampling.md"
+timeout 120 $python bench/sampling.py --device $device --batch ${SAMPLES:-1 32 256 1000} 2>>"$out/errors.txt" | tee "$out/sampling.md"
 timeout 60 $python bench/sampling.py --device $device --batch 1 --eager 2>>"$out/errors.txt" | tee -a "$out/sampling.md"
 
 run() { timeout $((seconds - SECONDS)) $python train.py config/landscape_gpu.py --device=$device --data_dir="$data" --batch_size=$batch --overwrite=True ${OPTIONS:-} "$@"; }

@@ -136,7 +136,7 @@ def check(model, count, device):
 def main():
     parser = argument_parser(__doc__)
     parser.add_argument('--ckpt', default=str(ROOT / 'out' / 'ckpt6000.pt'))
-    parser.add_argument('--batch', type=int, nargs='*', help='batch sizes (1 8 32, on a GPU 1 32 256 1024)')
+    parser.add_argument('--batch', type=int, nargs='*', help='batch sizes (1 8 32, on a GPU 1 32 256 1000)')
     parser.add_argument('--device', default='auto')
     parser.add_argument('--eager', action='store_true', help='on a GPU: wave by wave, without graphs')
     parser.add_argument('--check', type=int, metavar='N',
@@ -157,7 +157,7 @@ def main():
     print(f'{parameters:.2f}M parameters, {N} pixels, {device}, {device_name(device)}, torch {torch.__version__}\n')
     print(table_head(*COLUMNS))
     model.generate(torch.full((1, 1), 0xFEC), 40)  # warm-up of the libraries
-    for batch in tqdm(args.batch or ([1, 8, 32] if device == 'cpu' else [1, 32, 256, 1024]), leave=False):
+    for batch in tqdm(args.batch or ([1, 8, 32] if device == 'cpu' else [1, 32, 256, 1000]), leave=False):
         all_seconds = [sampling_seconds(model, batch, device, seed) for seed in range(10 if batch == 1 else 2)]
         seconds, spread = np.mean(all_seconds), (max(all_seconds) - min(all_seconds)) / np.mean(all_seconds)
         together = min(batch, sample.images_at_once(model))

@@ -141,4 +141,6 @@ def trained(data, tmp_path_factory):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: 'test_web' not in item.nodeid)  # the page's tests take longest, and mostly wait: first
+    """First the page's tests, which take longest and mostly wait, then those that only a GPU can run."""
+    needs_a_gpu = lambda item: any('GPU' in mark.kwargs['reason'] for mark in item.iter_markers('skipif'))
+    items.sort(key=lambda item: ('test_web' not in item.nodeid, not needs_a_gpu(item)))
