@@ -387,7 +387,9 @@ def head_logits(x, weight):
 def add_pair_scores(logits, pairs):
     """Add scores of pairs (..., 512) to logits (..., V), in place."""
     red_green, green_blue = pairs.unflatten(-1, (2, LEVELS, LEVELS)).unbind(-3)
-    logits += (red_green[..., None] + green_blue[..., None, :, :]).flatten(-3)
+    cube = logits.unflatten(-1, (LEVELS, LEVELS, LEVELS))  # (..., red, green, blue)
+    cube += red_green[..., None]
+    cube += green_blue[..., None, :, :]
     return logits
 
 
@@ -403,22 +405,20 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx, x, weight, targets):
         rows, D = 128, weight.size(1)
         loss = x.new_zeros((), dtype=torch.float32)
-        dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
+        dx, dweight = torch.empty_like(x), weight.new_zeros(D, len(weight))  # transposed, which is faster
         for x_, dx_, targets_ in zip(x.split(rows), dx.split(rows), targets[:, None].split(rows)):
             logits = head_logits(x_, weight)
-            logits -= logits.amax(-1, keepdim=True)
-            loss -= logits.gather(1, targets_).sum()
-            exps = logits.exp_()
-            total = exps.sum(-1, keepdim=True)  # softmax = exps / total
-            loss += total.log().sum()
+            probs = logits.softmax(-1)
+            # log(sum(exp(logits))) is the largest logit less the log of its probability
+            loss += (logits.amax(-1) - probs.amax(-1).log()).sum() - logits.gather(1, targets_).sum()
             if ctx.needs_input_grad[0]:
-                dlogits = exps.scatter_add_(1, targets_, -total)  # (softmax - one-hot) * total, in place
-                dx_[:, :D] = dlogits.to(weight.dtype) @ weight / total
+                dlogits = probs.scatter_add_(1, targets_, -torch.ones_like(targets_, dtype=probs.dtype))
+                dx_[:, :D] = dlogits.to(weight.dtype) @ weight
                 if dx.size(1) > D:  # the score of a pair went into 16 logits, from which its gradient comes back
                     cube = dlogits.view(-1, LEVELS, LEVELS, LEVELS)  # (rows, red, green, blue)
-                    dx_[:, D:] = torch.cat((cube.sum(3), cube.sum(1)), dim=1).flatten(1) / total
-                dweight += dlogits.t() @ (x_[:, :D] / total)
-        ctx.save_for_backward(dx / len(x), dweight / len(x))
+                    dx_[:, D:] = torch.cat((cube.sum(3), cube.sum(1)), dim=1).flatten(1)
+                dweight += x_[:, :D].t() @ dlogits
+        ctx.save_for_backward(dx / len(x), dweight.t() / len(x))
         return loss / len(x)
 
     @staticmethod
