@@ -115,7 +115,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.dropout, self.exclusive = config.n_head, config.dropout, config.exclusive
         self.kind, self.width = kind, config.width
         mask = None  # full attention is causal without one
-        if kind != 'full':  # (1, nh, length, keys), added to the scores; with fewer dimensions a CPU takes a slow path
+        if kind != 'full':  # (1, nh, length, keys), added to the scores
             length = self.width if kind == 'local' else config.block_size // self.width
             query, key = torch.arange(length)[:, None], torch.arange(length)
             distance, seen = (query - key).abs(), key <= query  # (length, length)
@@ -413,11 +413,12 @@ class HeadLoss(torch.autograd.Function):
             loss += (logits.amax(-1) - probs.amax(-1).log()).sum() - logits.gather(1, targets_).sum()
             if ctx.needs_input_grad[0]:
                 dlogits = probs.scatter_add_(1, targets_, -torch.ones_like(targets_, dtype=probs.dtype))
-                dx_[:, :D] = dlogits.to(weight.dtype) @ weight
+                low = dlogits.to(weight.dtype)
+                dx_[:, :D] = low @ weight
                 if dx.size(1) > D:  # the score of a pair went into 16 logits, from which its gradient comes back
                     cube = dlogits.view(-1, LEVELS, LEVELS, LEVELS)  # (rows, red, green, blue)
                     dx_[:, D:] = torch.cat((cube.sum(3), cube.sum(1)), dim=1).flatten(1)
-                dweight += x_[:, :D].t() @ dlogits
+                dweight += x_[:, :D].t() @ low
         ctx.save_for_backward(dx / len(x), dweight.t() / len(x))
         return loss / len(x)
 
