@@ -12,7 +12,7 @@ import extras
 import prepare
 from conftest import ROOT
 from helpers import nanogpt_checkpoint
-from model import NEIGHBOURS, GPT, GPTConfig, orthogonalise
+from model import NEIGHBOURS, GPT, GPTConfig, attention, orthogonalise
 from sample import GREY, Decoder, adapt_threads, filter_logits, graph_loop, gumbel_noise, sample, wave_loop
 
 SIDE = 12
@@ -272,8 +272,25 @@ def test_attention_never_leaves_the_fast_kernel_of_a_cpu(kind):
         model(images(2)).backward()
         model.generate(images(1)[:, :1], 2 * SIDE)
     called = {event.key for event in profile.key_averages()}
-    assert 'aten::_scaled_dot_product_flash_attention_for_cpu' in called
+    # short sequences, rows and columns, are two products and a softmax
+    assert ('aten::_scaled_dot_product_flash_attention_for_cpu' in called) == (kind != 'reach')
     assert 'aten::_scaled_dot_product_attention_math' not in called
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_short_sequences_attend_as_pytorch_would(dtype, tolerance):
+    layer = small('reach').transformer.h[0].attn
+    mask = layer.mask.to(dtype)
+    q, k, v = (torch.randn(5, 2, length, 16, dtype=dtype, requires_grad=True) for length in (SIDE, 2 * SIDE, 2 * SIDE))
+    ours = attention(q, k, v, mask, 0.0)
+    theirs = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask.float())
+    assert ours.dtype == dtype and torch.allclose(ours.float(), theirs, atol=tolerance)
+    weights = torch.randn_like(theirs)
+    for a, b in zip(*(torch.autograd.grad((y * weights).sum(), (q, k, v)) for y in (ours, theirs))):
+        assert (a - b).float().norm() < tolerance * b.float().norm() + 1e-6
+    # dropout leaves out whole keys, and the rest counts more: the mean stays
+    many = torch.stack([attention(q.detach(), k.detach(), v.detach(), mask, 0.5).float() for _ in range(2000)])
+    assert torch.allclose(many.mean(0), ours.float(), atol=0.25) and many.std(0).mean() > 0.1
 
 
 def test_the_first_pixel_is_learnt_from_the_start_embedding():
