@@ -15,6 +15,7 @@ C = n_embd, nh = n_head, hs = C / nh, V = vocab_size, K = neighbours, D = n_colo
 blue, or 110 with those of red - green and blue - green.
 """
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -114,7 +115,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.dropout, self.exclusive = config.n_head, config.dropout, config.exclusive
         self.kind, self.width = kind, config.width
         mask = None  # full attention is causal without one
-        if kind != 'full':  # (1, nh, length, keys), added to the scores
+        if kind != 'full':  # (1, nh, length, keys), added to the scores; with fewer dimensions a CPU takes a slow path
             length = self.width if kind == 'local' else config.block_size // self.width
             query, key = torch.arange(length)[:, None], torch.arange(length)
             distance, seen = (query - key).abs(), key <= query  # (length, length)
@@ -140,7 +141,7 @@ class CausalSelfAttention(nn.Module):
         if self.kind == 'local':  # the row above before the row itself; the first row attends to zeros above it
             row_above = lambda t: F.pad(t.unflatten(0, (B, -1)), (0, 0, 0, 0, 0, 0, 1, -1)).flatten(0, 1)
             k, v = (torch.cat((row_above(t), t), dim=2) for t in (k, v))
-        mask = None if self.mask is None else self.mask[..., :length, :k.size(2)].to(q.dtype)
+        mask = None if self.mask is None else self.mask[..., :length, :k.size(2)]
         y = attention(q, k, v, mask, self.dropout if self.training else 0.0)
         y = without(y, own) if self.exclusive else y
         y = self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # (B * sequences, length, C)
@@ -151,16 +152,16 @@ class CausalSelfAttention(nn.Module):
 
 def attention(q, k, v, mask, dropout):
     """softmax(q k^T / sqrt(hs) + mask) v: queries (..., length, hs) -> (..., length, hs), causal if mask is None."""
-    if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=mask is None)
-    if mask is None:  # in bfloat16 the backward pass would take five times as long on a CPU
-        q32, k32, v32 = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v))
-        with torch.autocast('cpu', enabled=False):
-            return F.scaled_dot_product_attention(q32, k32, v32, dropout_p=dropout, is_causal=True).to(q.dtype)
-    # many short sequences: on a CPU faster than PyTorch's own, in bfloat16 by half
-    scores = (q * q.size(-1) ** -0.5) @ k.mT
-    scores += mask
-    return F.dropout(scores.softmax(-1), dropout) @ v
+    given = q.dtype
+    if given == torch.bfloat16 and not q.is_cuda:
+        if mask is not None and k.size(-2) <= 256:  # many short sequences: in half the time of what follows
+            scores = (q * q.size(-1) ** -0.5) @ k.mT
+            scores += mask.to(given)
+            return F.dropout(scores.softmax(-1), dropout) @ v
+        q, k, v = q.float(), k.float(), v.float()  # in bfloat16 its backward pass takes five times as long on a CPU
+    mask = None if mask is None else mask.to(q.dtype)
+    with nullcontext() if q.is_cuda else torch.autocast('cpu', enabled=False):
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=mask is None).to(given)
 
 
 def without(y, own):
@@ -359,7 +360,7 @@ def relative_tables(chroma):
     """Return what turns relative scores into scores of pairs of levels: two tables, and how many scores there are.
 
     A colour has three values, red, green and blue; with chroma also red - green and blue - green. Each has a score for
-    every difference between the predicted pixel and a neighbour: a value with n levels (16, of chroma 31) has 2 n - 1.
+    every difference between the predicted pixel and a neighbour: a value with n levels (16; 31 for chroma) has 2 n - 1.
     That makes 3 * 31 = 93 scores, with chroma 93 + 2 * 61 = 215; L is the sum of the n. Red and red - green depend on
     (red, green) alone, the other values on (green, blue). So what the scores add to 4,096 logits is one number for each
     of 256 pairs (red, green) plus one for each of 256 pairs (green, blue), 512 in all.
@@ -397,9 +398,7 @@ def head_logits(x, weight):
 def add_pair_scores(logits, pairs):
     """Add scores of pairs (..., 512) to logits (..., V), in place."""
     red_green, green_blue = pairs.unflatten(-1, (2, LEVELS, LEVELS)).unbind(-3)
-    cube = logits.unflatten(-1, (LEVELS, LEVELS, LEVELS))  # (..., red, green, blue)
-    cube += red_green[..., None]
-    cube += green_blue[..., None, :, :]
+    logits += (red_green[..., None] + green_blue[..., None, :, :]).flatten(-3)
     return logits
 
 
@@ -423,7 +422,7 @@ class HeadLoss(torch.autograd.Function):
             loss += (logits.amax(-1) - probs.amax(-1).log()).sum() - logits.gather(1, targets_).sum()
             if ctx.needs_input_grad[0]:
                 dlogits = probs.scatter_add_(1, targets_, -torch.ones_like(targets_, dtype=probs.dtype))
-                low = dlogits.to(weight.dtype)
+                low = dlogits.to(x.dtype)
                 dx_[:, :D] = low @ weight
                 if dx.size(1) > D:  # the score of a pair went into 16 logits, from which its gradient comes back
                     cube = dlogits.view(-1, LEVELS, LEVELS, LEVELS)  # (rows, red, green, blue)

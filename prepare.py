@@ -258,8 +258,8 @@ def has_configurations(folder):
 def by_split(shards, links):
     """Return {split: [path]} of parquet files that hold rows, by the splits that their names tell. Raises UserError.
 
-    load_dataset expands more wildcards than glob.escape knows: where links can be made, in the folder links, it gets
-    plain names.
+    load_dataset expands more wildcards than glob.escape knows. So it gets plain names: links in the folder links, where
+    links can be made.
     """
     import pyarrow.parquet
     files = {}

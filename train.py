@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 import uuid
+import warnings
 import zlib
 from dataclasses import asdict, dataclass, field, fields
 
@@ -481,6 +482,7 @@ def set_up_machine(config):
             torch.cuda.set_device(device)
         device = 'cpu' if device == 'mps' else device
         dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
+    # float32 stays what it is: in TF32, which set_float32_matmul_precision allows, Muon's iteration goes astray
     return Machine(rank, world_size, device, extras.pick_dtype(config.dtype, device),
                    extras.pick_compile(config.compile, device))
 
@@ -490,10 +492,11 @@ def compile_and_wrap(model, tokens, machine):
     compiled = model
     if machine.compile:
         machine.print('compiling the model, which takes up to a minute')
+        warnings.filterwarnings('ignore', 'TensorFloat32')  # it recommends what set_up_machine leaves alone
         compiled = torch.compile(model)
     if machine.world_size > 1:
         devices = [machine.device] if machine.device.startswith('cuda') else None
-        compiled = DDP(compiled, device_ids=devices, broadcast_buffers=False)  # they never change
+        compiled = DDP(compiled, device_ids=devices, broadcast_buffers=False)  # buffers never change
     if machine.compile:
         try:
             with machine.autocast():

@@ -1,4 +1,5 @@
 """The model and the sampler: what is predicted from what, and that the cache changes nothing."""
+import copy
 import dataclasses
 import math
 import time
@@ -272,18 +273,17 @@ def test_attention_never_leaves_the_fast_kernel_of_a_cpu(kind):
         model(images(2)).backward()
         model.generate(images(1)[:, :1], 2 * SIDE)
     called = {event.key for event in profile.key_averages()}
-    # short sequences, rows and columns, are two products and a softmax
-    assert ('aten::_scaled_dot_product_flash_attention_for_cpu' in called) == (kind != 'reach')
+    assert 'aten::_scaled_dot_product_flash_attention_for_cpu' in called
     assert 'aten::_scaled_dot_product_attention_math' not in called
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_short_sequences_attend_as_pytorch_would(dtype, tolerance):
+def test_rows_attend_in_bfloat16_as_in_float32(dtype, tolerance):
     layer = small('reach').transformer.h[0].attn
-    mask = layer.mask.to(dtype)
+    mask = layer.mask
     q, k, v = (torch.randn(5, 2, length, 16, dtype=dtype, requires_grad=True) for length in (SIDE, 2 * SIDE, 2 * SIDE))
     ours = attention(q, k, v, mask, 0.0)
-    theirs = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask.float())
+    theirs = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask)
     assert ours.dtype == dtype and torch.allclose(ours.float(), theirs, atol=tolerance)
     weights = torch.randn_like(theirs)
     for a, b in zip(*(torch.autograd.grad((y * weights).sum(), (q, k, v)) for y in (ours, theirs))):
@@ -539,12 +539,13 @@ def test_options_that_make_no_sense(option):
 
 
 def test_a_model_in_bfloat16_learns():
-    model, tokens = small('chroma').train(), images(2)
-    expected = model(tokens).item()
-    loss = model.bfloat16()(tokens)
-    loss.backward()
-    assert loss.item() == pytest.approx(expected, rel=0.02)
-    assert all(p.grad.isfinite().all() for p in model.parameters()) and model.lm_head.weight.grad.abs().sum() > 0
+    model, tokens = small('chroma', std=0.1).train(), images(2)
+    exact = copy.deepcopy(model)
+    loss, exact_loss = model.bfloat16()(tokens), exact(tokens)
+    loss.backward(), exact_loss.backward()
+    assert loss.item() == pytest.approx(exact_loss.item(), rel=0.02)
+    for (name, p), q in zip(model.named_parameters(), exact.parameters()):
+        assert (p.grad.float() - q.grad).norm() < 0.1 * q.grad.norm(), name
 
 
 def test_a_model_in_half_precision_paints():
