@@ -391,15 +391,16 @@ def head_logits(x, weight):
     """
     D = weight.size(1)
     logits = x[..., :D] @ weight.t()
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return add_pair_scores(logits, x[..., D:]) if x.size(-1) > D else logits
+    precision = torch.promote_types(logits.dtype, torch.float32)
+    return add_pair_scores(logits, x[..., D:].to(precision)) if x.size(-1) > D else logits.to(precision)
 
 
 def add_pair_scores(logits, pairs):
-    """Add scores of pairs (..., 512) to logits (..., V), in place."""
+    """Return logits (..., V) plus scores of pairs (..., 512)."""
     red_green, green_blue = pairs.unflatten(-1, (2, LEVELS, LEVELS)).unbind(-3)
-    logits += (red_green[..., None] + green_blue[..., None, :, :]).flatten(-3)
-    return logits
+    cube = logits.unflatten(-1, (LEVELS, LEVELS, LEVELS)) + red_green[..., None]  # (..., red, green, blue)
+    cube += green_blue[..., None, :, :]
+    return cube.flatten(-3)
 
 
 class HeadLoss(torch.autograd.Function):

@@ -267,7 +267,7 @@ class Decoder:
         x = self.ln_f(x)
         logits = self.head(self.down(x))
         if c.relative_colours:
-            add_pair_scores(logits, self.model.pair_scores(self.rel_head(x), neighbours))
+            logits = add_pair_scores(logits, self.model.pair_scores(self.rel_head(x), neighbours))
         return logits
 
     def cache_places(self, kind, column, row, lane, position):
