@@ -422,6 +422,7 @@ class HeadLoss(torch.autograd.Function):
             # log(sum(exp(logits))) is the largest logit less the log of its probability
             loss += (logits.amax(-1) - probs.amax(-1).log()).sum() - logits.gather(1, targets_).sum()
             if ctx.needs_input_grad[0]:
+                # softmax less one-hot, in place
                 dlogits = probs.scatter_add_(1, targets_, -torch.ones_like(targets_, dtype=probs.dtype))
                 low = dlogits.to(x.dtype)
                 dx_[:, :D] = low @ weight

@@ -344,8 +344,8 @@ def adapt_threads(waves, most, block=8):
     """Yield waves, and choose how many threads paint them: one, or more, up to most, while that is faster.
 
     On a busy machine threads wait for each other, and two take up to twenty times as long as one. So one thread paints
-    the first six blocks of waves, the sixth against the clock (the first waves are short); then more are tried. As soon
-    as they take longer over a block than one thread would, one thread paints the rest.
+    the first six blocks of waves, and the sixth is timed, since the first waves are short; then more threads are tried.
+    As soon as they take longer for a block than one would, one thread paints the rest.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
