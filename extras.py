@@ -19,6 +19,7 @@ import pickle
 import re
 import shlex
 import struct
+import subprocess
 import sys
 import tempfile
 import threading
@@ -46,6 +47,11 @@ def brief(e, length=160):
 
 class UserError(Exception):
     """An error that the user can fix; the message says how."""
+
+
+def quote(*words):
+    """Return words as one types them after a prompt, between quotation marks where need be."""
+    return subprocess.list2cmdline(words) if os.name == 'nt' else shlex.join(words)
 
 
 def run(main):
@@ -160,7 +166,7 @@ def load_meta(data_dir):
     path = os.path.join(data_dir, 'meta.pkl')
     if not os.path.exists(path):
         raise UserError(f'no data set in {data_dir}: make one with  '
-                        f'python prepare.py --out_dir {shlex.quote(data_dir)}')
+                        f'python prepare.py --out_dir {quote(data_dir)}')
     try:
         with open(path, 'rb') as f:
             meta = _PlainUnpickler(f).load()

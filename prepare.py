@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import pickle
 import re
-import shlex
 import shutil
 import signal
 import tempfile
@@ -238,7 +237,7 @@ def say_unused(paths, why):
     """Print how many files are not used, and why."""
     if paths:
         same = os.path.join(glob.escape(os.path.dirname(paths[0])), '*' + os.path.splitext(paths[0])[1])
-        hint = f'; for those  --source {shlex.quote(same)}'
+        hint = f'; for those  --source {extras.quote(same)}'
         if why == 'no pictures':
             endings = {os.path.splitext(path)[1].lower() for path in paths}
             hint = '; convert .heic to .jpg' if '.heic' in endings else '; unpack .zip' if '.zip' in endings else ''
@@ -437,7 +436,7 @@ def write_dataset(sources, val_sources, args, staging):
                         keys += hashlib.blake2b(tokens, digest_size=8, salt=args.seed.to_bytes(8, 'little')).digest()
                         held_out.append(i >= total)
                 bar.update(len(batch))
-        named = ' '.join(map(shlex.quote, args.source)) if len(args.source) > 1 else args.source[0]
+        named = extras.quote(*args.source) if len(args.source) > 1 else args.source[0]
         if not keys:
             why = f'{len(skipped)} could not be read, e.g. {skipped[0]}' if skipped else 'it holds no pictures'
             raise UserError(f'no usable image in {named}: {why}')
@@ -525,9 +524,8 @@ def main(argv=None):
         shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
         os.mkdir(staging)
         try:
-            sources, val_sources = open_all(args, staging)
             try:
-                meta, skipped, (low, high) = write_dataset(sources, val_sources, args, staging)
+                meta, skipped, (low, high) = write_dataset(*open_all(args, staging), args, staging)
             except RuntimeError as e:  # of the DataLoader: the system has killed a worker
                 raise UserError(f'{extras.brief(e)}: if memory ran out, try --workers 1') from None
             publish(staging, args.out_dir)

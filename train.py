@@ -14,7 +14,6 @@ import functools
 import glob
 import math
 import os
-import shlex
 import signal
 import sys
 import time
@@ -339,14 +338,14 @@ def find_checkpoint(config):
             runs.setdefault(head['run'].get('id'), []).append(path)
     if not runs and heads:
         weights = next(iter(heads))
-        raise UserError(f'nothing to resume: {weights} holds weights alone; --init_from={shlex.quote(weights)} starts '
+        raise UserError(f'nothing to resume: {weights} holds weights alone; --init_from={extras.quote(weights)} starts '
                         'a new run with them')
     if not runs:
         raise UserError(f'nothing to resume: no checkpoint in {folder}; leave --init_from out to start')
     if len(runs) > 1:
         names = '; '.join(', '.join(map(os.path.basename, paths)) for paths in runs.values())
         raise UserError(f'{folder} holds checkpoints of {len(runs)} runs ({names}): name the one to go on from, as in '
-                        '--init_from=' + shlex.quote(next(iter(runs.values()))[0]))
+                        '--init_from=' + extras.quote(next(iter(runs.values()))[0]))
     [paths] = runs.values()
     return max(paths, key=lambda path: heads[path]['iter_num'])
 
@@ -548,7 +547,7 @@ def resume_command(argv, world_size):
             next(words)  # its value
         elif not word.startswith(('--init_from=', '--overwrite=')):
             kept.append(word)
-    return f"{'python' if world_size == 1 else 'torchrun ...'} {shlex.join(kept)} --init_from=resume"
+    return f"{'python' if world_size == 1 else 'torchrun ...'} {extras.quote(*kept)} --init_from=resume"
 
 # -----------------------------------------------------------------------------
 
@@ -584,7 +583,7 @@ def main(argv=None):
         log = Log(config, meta, wandb, run.iteration if continues else 0)
 
     start_iteration, window_iteration, signals = run.iteration, run.iteration, catch_signals(world_size)
-    start_time = window_start = last_save = time.monotonic()  # window: since the last log line, without evaluations
+    start_time = window_start = last_save = time.perf_counter()  # window: since the last log line, without evaluations
     model.train()
     while True:
         last_step = run.iteration == config.max_iters
@@ -598,27 +597,27 @@ def main(argv=None):
             if world_size > 1:
                 dist.all_reduce(mean)
             train_loss = mean.item() / world_size
-            elapsed = time.monotonic() - window_start
+            elapsed = time.perf_counter() - window_start
             run.seconds += elapsed
             stop_if_not_finite(train_loss, run, config)
             rate = (run.iteration - window_iteration) * config.batch_size / elapsed
-            per_iteration = (time.monotonic() - start_time) / max(1, run.iteration - start_iteration)
+            per_iteration = (time.perf_counter() - start_time) / max(1, run.iteration - start_iteration)
             left = datetime.timedelta(seconds=int(per_iteration * (config.max_iters - run.iteration)))
             machine.print(f'iter {run.iteration} | loss {train_loss:.4f} | {train_loss / math.log(2):.3f} bits/pixel | '
                           f"{rate:.2f} images/s | {rate * meta['tokens_per_image']:,.0f} tokens/s | {left} left")
             if master_process:
                 log.write(run, 'train_loss', train_loss)
             run.loss_sum.zero_()
-            run.loss_count, window_start, window_iteration = 0, time.monotonic(), run.iteration
+            run.loss_count, window_start, window_iteration = 0, time.perf_counter(), run.iteration
         elif run.iteration == start_iteration + 1:  # something to see before the first log line
             machine.print(f'iter {run.iteration} | loss {run.loss_sum.item() / run.loss_count:.4f} | '
-                          f'{time.monotonic() - window_start:.1f} s')
+                          f'{time.perf_counter() - window_start:.1f} s')
 
         # evaluation: the loss over all validation images (None: interrupted), a checkpoint, a sheet of samples
         val_loss = None
         if eval_step:
             val_loss = evaluate(run.averaged_model, val_data, config, machine, signals)
-            window_start = time.monotonic()
+            window_start = time.perf_counter()
         if val_loss is not None:
             stop_if_not_finite(val_loss, run, config)
             run.last_eval = run.iteration
@@ -634,13 +633,13 @@ def main(argv=None):
                 best = ' | the best so far' if run.best_iter == run.iteration else ''
                 machine.print(f'iter {run.iteration} | validation loss {val_loss:.4f} | {val_loss / math.log(2):.3f} '
                               f"bits/pixel{best} | {path}{f' | {picture}' if painted else ''}")
-            window_start = last_save = time.monotonic()
+            window_start = last_save = time.perf_counter()
         done = last_step and run.last_eval == run.iteration
         if done:
             break
 
         # a checkpoint when it is time, or when a signal has come
-        save_due = 0 < config.save_every_minutes * 60 < time.monotonic() - last_save
+        save_due = 0 < config.save_every_minutes * 60 < time.perf_counter() - last_save
         request = agree(STOP if signals else SAVE if save_due else NOTHING, world_size)
         if request and run.iteration not in run.saved:  # whose ckpt<iteration>.pt was just written
             stop_if_not_finite(sum(p.sum().item() for p in run.model.parameters()), run, config)
@@ -649,8 +648,8 @@ def main(argv=None):
                 run.loss_sum /= world_size
             if master_process:
                 save_run(os.path.join(config.out_dir, 'ckpt_latest.pt'), run, config, meta,
-                         run.seconds + time.monotonic() - window_start)
-            last_save = time.monotonic()
+                         run.seconds + time.perf_counter() - window_start)
+            last_save = time.perf_counter()
         if request == STOP:
             break
 
@@ -683,7 +682,7 @@ def main(argv=None):
             update_average(run.averaged_model, run.model, run.iteration, config.average)
 
     if done:
-        best = shlex.quote(f'{config.out_dir}/ckpt{run.best_iter}.pt')
+        best = extras.quote(f'{config.out_dir}/ckpt{run.best_iter}.pt')
         machine.print(f'done: best validation {run.best_val_loss / math.log(2):.3f} bits/pixel at iteration '
                       f'{run.best_iter}. Paint with  python sample.py --ckpt {best}')
     else:
