@@ -101,8 +101,9 @@ def parse_pixel(text):
     digits = text.lower().removeprefix('0x')
     if len(digits) == 3 and all(c in '0123456789abcdef' for c in digits):
         return int(digits, 16)
+    whole = re.sub(r'(\d)\.\d+', r'\1', text)  # some versions of Gradio pick rgba(49.8, 105.9, 134.6, 1)
     try:
-        return int(pack_rgb(np.minimum(ImageColor.getrgb(text)[:3], 255)))  # Pillow lets rgb(300, 0, 0) pass
+        return int(pack_rgb(np.minimum(ImageColor.getrgb(whole)[:3], 255)))  # Pillow lets rgb(300, 0, 0) pass
     except ValueError:
         raise UserError(f"{text!r} is no colour: give three hex digits (FEC) or a web colour ('#f0e0c0')") from None
 

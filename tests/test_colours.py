@@ -37,7 +37,7 @@ def test_all_levels_of_a_channel_fall_into_sixteen():
 
 @pytest.mark.parametrize('text, token', [
     ('FEC', 0xFEC), ('fec', 0xFEC), ('0xFEC', 0xFEC), ('000', 0), ('#f0e0c0', 0xFEC), ('#fff', 0xFFF),
-    ('skyblue', 0x8CE), ('rgb(300, 0, 0)', 0xF00),
+    ('skyblue', 0x8CE), ('rgb(300, 0, 0)', 0xF00), ('rgba(49.8, 105.87, 134.61, 1)', 0x368),
 ])
 def test_first_pixel_forms(text, token):
     assert extras.parse_pixel(text) == token
