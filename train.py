@@ -400,8 +400,10 @@ def restore_run(path, run, config, meta, machine):
     run.loss_count = saved['loss_count']
     continues = os.path.realpath(os.path.dirname(path)) == os.path.realpath(config.out_dir)
     if continues:
-        run.id, run.best_val_loss = saved['id'], checkpoint['best_val_loss']
-        run.best_iter, run.saved = saved['best_iter'], saved['saved']
+        run.id = saved['id']
+        run.saved = [i for i in saved['saved'] if os.path.exists(os.path.join(config.out_dir, f'ckpt{i}.pt'))]
+        if saved['best_iter'] in run.saved:
+            run.best_iter, run.best_val_loss = saved['best_iter'], checkpoint['best_val_loss']
     machine.print(f'going on from {path}, iteration {run.iteration}')
     was, changed = checkpoint['config'], []
     if saved.get('checksum', meta['checksum']) != meta['checksum']:
@@ -429,8 +431,8 @@ def claim_folder(config, run, continues):
         resume = 'go on with it by --init_from=resume, ' if any(path.endswith('.pt') for path in old) else ''
         raise UserError(f'{config.out_dir} holds a run ({names}): {resume}choose another --out_dir, or replace it by '
                         '--overwrite=True')
-    for folder in ('', 'images'):  # left by a run that was killed
-        old += glob.glob(os.path.join(glob.escape(config.out_dir), folder, '*.partial'))
+    for name in ('ckpt*', 'log.csv*', 'loss.png*', 'images/output*'):  # left by a run that was killed
+        old += glob.glob(os.path.join(glob.escape(config.out_dir), name + '.partial'))
     return lock, old
 
 
@@ -579,7 +581,7 @@ def main(argv=None):
     wandb = start_wandb(config) if master_process and config.wandb_log else None
     if master_process:  # all that can fail has been tried: from here on files are written
         for path in old_files:
-            os.remove(path)
+            extras.remove(path)
         log = Log(config, meta, wandb, run.iteration if continues else 0)
 
     start_iteration, window_iteration, signals = run.iteration, run.iteration, catch_signals(world_size)

@@ -354,12 +354,13 @@ def test_one_process_at_a_time_in_a_folder(data, tmp_path):
     lock = extras.lock(str(tmp_path))
     assert f'another process is writing to {tmp_path}' in run(data, tmp_path, '--max_iters=1', code=1)
     lock.release()
-    (tmp_path / 'ckpt5.pt.0a1b2c3d.partial').write_bytes(b'of a run that was killed')
-    other = tmp_path / 'other_run' / 'ckpt5.pt.0a1b2c3d.partial'
-    other.parent.mkdir()
-    other.write_bytes(b'of a run that is writing it')
+    left = ['ckpt5.pt', 'log.csv', 'loss.png', 'images/output5.png']  # by a run that was killed
+    live = ['other_run/ckpt5.pt', 'images/sample.png']  # other programs are writing these
+    for name in left + live:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f'{name}.0a1b2c3d.partial').touch()
     run(data, tmp_path, '--max_iters=1')
-    assert list(tmp_path.rglob('*.partial')) == [other]
+    assert set(tmp_path.rglob('*.partial')) == {tmp_path / f'{name}.0a1b2c3d.partial' for name in live}
 
 
 def test_a_full_disk_while_training_is_one_line(data, tmp_path):
