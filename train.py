@@ -4,7 +4,7 @@
     python train.py config/landscape.py --batch_size=2              # ... and then by the command line
     python train.py config/landscape.py --init_from=resume          # continue from the last checkpoint
     torchrun --standalone --nproc_per_node=8 train.py config/landscape.py
-    torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=10.0.0.1 train.py config/landscape.py
+    torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=10.0.0.1 train.py config/landscape_gpu.py
 """
 import contextlib
 import copy
@@ -40,8 +40,9 @@ class TrainConfig:
     # files
     data_dir: str = key('data/landscape', 'the data set: a folder that prepare.py has filled')
     out_dir: str = key('out', 'checkpoints, log.csv, loss.png and images/ go here')
-    init_from: str = key('scratch', "'scratch', 'resume' (the last checkpoint in out_dir), or a checkpoint or folder, "
-                                    'whose run goes on; weights alone, as in out/ckpt6000.pt, start a new one')
+    init_from: str = key('scratch', "'scratch', 'resume' (the last checkpoint in out_dir), or a checkpoint or folder: "
+                                    'its run goes on with the same pictures; with others, or from weights alone, as in '
+                                    'out/ckpt6000.pt, a new run starts')
     overwrite: bool = key(False, 'replace a run in out_dir: its log and its checkpoints are removed')
     save_every_minutes: float = key(15.0, 'minutes between writes of ckpt_latest.pt (0: only at a stop)', '0 or more')
     keep_checkpoints: int = key(10, 'checkpoints of a run that stay on disk; the best one always does', 'more than 0')
@@ -67,8 +68,8 @@ class TrainConfig:
     batch_size: int = key(40, 'images an iteration, over all processes and accumulation steps', 'more than 0')
     gradient_accumulation_steps: int = key(1, 'micro-batches of an iteration, to save memory', 'more than 0')
     max_iters: int = key(10000, 'iterations', 'more than 0')
-    learning_rate: float = key(6e-4, 'peak of the schedule: linear warm-up, cosine decay', 'more than 0')
-    min_lr: float = key(6e-5, 'end of the schedule, at max_iters', '0 or more')
+    learning_rate: float = key(6e-4, "AdamW's peak: linear warm-up, cosine decay", 'more than 0')
+    min_lr: float = key(6e-5, "AdamW's rate at max_iters; Muon's falls in proportion", '0 or more')
     muon_lr: float = key(0.0, 'peak for all other matrices than embeddings, with Muon (0: AdamW)', '0 or more')
     warmup_iters: int = key(200, 'iterations of the warm-up', '0 or more')
     weight_decay: float = key(0.1, 'of embeddings and matrices, by AdamW and Muon', '0 or more')
@@ -353,14 +354,16 @@ def find_checkpoint(config):
 def restore_run(path, run, config, meta, machine):
     """Load a checkpoint into a run. Return whether that continues the run in out_dir. Raises UserError.
 
-    From weights alone, or from images of another size, only the weights are taken: a new run starts.
+    A checkpoint that holds weights alone, or was made with other pictures, gives its weights to a new run.
     """
     checkpoint = extras.load_checkpoint(path, machine.device)
+    saved = checkpoint.get('run', {})
+    others = saved.get('checksum', meta['checksum']) != meta['checksum']
     resized = (checkpoint['height'], checkpoint['width']) != (meta['height'], meta['width'])
     if resized and config.init_from == 'resume':
         raise UserError(f"{path} paints {checkpoint['width']}x{checkpoint['height']} pixels, {config.data_dir} holds "
                         f"{meta['width']}x{meta['height']}: resume with the data it was made with")
-    resume = 'run' in checkpoint and not resized
+    resume = config.init_from == 'resume' or bool(saved) and not resized and not others
     theirs, ours = {**asdict(GPTConfig()), **checkpoint['model_args']}, asdict(run.model.config)
     if resume:  # the order of the images depends on it
         theirs['batch_size'], ours['batch_size'] = checkpoint['config']['batch_size'], config.batch_size
@@ -391,7 +394,6 @@ def restore_run(path, run, config, meta, machine):
         optimizer.load_state_dict({**state, 'param_groups': optimizer.state_dict()['param_groups']})
     if checkpoint['scaler']:  # empty, unless it was float16
         run.scaler.load_state_dict(checkpoint['scaler'])
-    saved = checkpoint['run']
     # at max_iters it may still lack its last evaluation, which a signal has cut short
     if max(checkpoint['iter_num'], saved['last_eval'] + 1) > config.max_iters:
         raise UserError(f"{path} has done all {checkpoint['iter_num']} iterations: raise --max_iters to go on")
@@ -406,7 +408,7 @@ def restore_run(path, run, config, meta, machine):
             run.best_iter, run.best_val_loss = saved['best_iter'], checkpoint['best_val_loss']
     machine.print(f'going on from {path}, iteration {run.iteration}')
     was, changed = checkpoint['config'], []
-    if saved.get('checksum', meta['checksum']) != meta['checksum']:
+    if others:
         changed.append(f"the pictures are others (data_dir was {was['data_dir']}, is {config.data_dir})")
     if was['seed'] != config.seed:
         changed.append(f"seed was {was['seed']}, is {config.seed}")
@@ -644,6 +646,7 @@ def main(argv=None):
         save_due = 0 < config.save_every_minutes * 60 < time.perf_counter() - last_save
         request = agree(STOP if signals else SAVE if save_due else NOTHING, world_size)
         if request and run.iteration not in run.saved:  # whose ckpt<iteration>.pt was just written
+            # a weight that is no number shows before the loss does
             stop_if_not_finite(sum(p.sum().item() for p in run.model.parameters()), run, config)
             if world_size > 1:  # the checkpoint holds one sum, from which all of them go on
                 dist.all_reduce(run.loss_sum)

@@ -242,11 +242,15 @@ def test_other_data_are_noted(data, tmp_path):
                                  '--out_dir', tmp_path / 'd')
     prepared(1)
     call('train.py', *TINY, '--data_dir=d', f'--out_dir={tmp_path}/out', '--max_iters=1', cwd=tmp_path)
+    shutil.copytree(tmp_path / 'out', tmp_path / 'first')
     out = run(tmp_path / 'd', tmp_path / 'out', '--init_from=resume', '--max_iters=2')
     assert 'going on from' in out and 'note:' not in out  # the same pictures, told otherwise
     prepared(2)  # as many, shared anew by training and validation
     out = run(tmp_path / 'd', tmp_path / 'out', '--init_from=resume', '--max_iters=3', '--seed=5')
     assert f'the pictures are others (data_dir was {tmp_path}/d, is {tmp_path}/d); seed was 1337, is 5' in out
+    # a checkpoint that is named gives its weights to a run of their own, however short
+    out = run(tmp_path / 'd', tmp_path / 'new', f'--init_from={tmp_path}/first', '--max_iters=1', '--batch_size=4')
+    assert 'a new run with the weights of' in out and 'going on' not in out and 'iter 1 |' in out
 
 
 def test_a_signal_during_the_painting_does_not_wait_for_it(data, tmp_path):
