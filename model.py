@@ -28,7 +28,8 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 LEVELS = 16  # of a channel: a colour is red * 256 + green * 16 + blue
 red, green, blue = torch.cartesian_prod(*[torch.arange(LEVELS)] * 3).unbind(1)  # the levels of each colour, (V,)
-# the channels of a photograph change together, their differences hardly
+# red, green, blue, red - green, blue - green. The channels of a photograph rise and fall together, so that their
+# differences change little
 VALUES = torch.stack((red, green, blue, red - green, blue - green), dim=1)  # (V, 5)
 # known pixels around the predicted one as (row, column) from it, the nearest first: left, above, ...
 NEIGHBOURS = sorted(((row, column) for row in range(-3, 1) for column in range(-3, 4) if (row, column) < (0, 0)),
@@ -94,6 +95,8 @@ class GPTConfig:
             raise ValueError(f'neighbours={self.neighbours}: relative_neighbours needs some that touch, give 3 or more')
         if self.relative_chroma and not self.relative_colours:
             raise ValueError('relative_chroma needs relative_colours=True')
+        if self.alibi and set(kinds) == {'full'}:
+            raise ValueError("alibi needs local or column attention, as in attention='local column'")
         if self.block_size % self.pad_to:
             raise ValueError(f'{self.block_size} pixels have to be whole rows of {self.width}')
 
@@ -158,7 +161,7 @@ def attention(q, k, v, mask, dropout):
             scores = (q * q.size(-1) ** -0.5) @ k.mT
             scores += mask.to(given)
             return F.dropout(scores.softmax(-1), dropout) @ v
-        q, k, v = q.float(), k.float(), v.float()  # in bfloat16 its backward pass takes five times as long on a CPU
+        q, k, v = q.float(), k.float(), v.float()  # PyTorch's backward pass takes five times as long in bfloat16
     mask = None if mask is None else mask.to(q.dtype)
     with nullcontext() if q.is_cuda else torch.autocast('cpu', enabled=False):
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=mask is None).to(given)
@@ -289,10 +292,11 @@ class GPT(nn.Module):
         return h.wpe.weight
 
     def neighbours(self, tokens):
-        """Whole rows of pixels (B, T) -> the tokens of each one's neighbours, (B, T, 24), V outside the image."""
+        """Whole rows of pixels (B, T) -> the tokens of each one's neighbours, (B, T, K or 2), V outside the image."""
         height, width = tokens.size(1) // self.config.width, self.config.width
         canvas = F.pad(tokens.view(-1, height, width), (3, 3, 3, 0), value=self.config.vocab_size)
-        shifted = [canvas[:, 3 + y:3 + y + height, 3 + x:3 + x + width] for y, x in NEIGHBOURS]
+        at = NEIGHBOURS[:max(self.config.neighbours, 2)]  # relative colours need two
+        shifted = [canvas[:, 3 + y:3 + y + height, 3 + x:3 + x + width] for y, x in at]
         return torch.stack(shifted, dim=-1).flatten(1, 2)
 
     def pair_scores(self, scores, neighbours):
@@ -407,21 +411,21 @@ class HeadLoss(torch.autograd.Function):
     """Mean cross-entropy of head_logits(x, weight) against targets (n,), without (n, V) logits.
 
     x is (n, D or D + 512), weight (V, D). Chunks of rows go through the head, the softmax and the gradients of both
-    while they are in the cache of a CPU: as many matrix products as usual, in a fraction of the memory. Both gradients
-    are computed if x needs one.
+    while they are in the cache of a CPU: as many matrix products as usual, in a fraction of the memory. Either both
+    gradients are wanted or none.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets):
         rows, D = 128, weight.size(1)
-        loss = x.new_zeros((), dtype=torch.float32)
+        loss, needs_grad = x.new_zeros((), dtype=torch.float32), ctx.needs_input_grad[0]
         dx, dweight = torch.empty_like(x), weight.new_zeros(D, len(weight))  # transposed, which is faster
         for x_, dx_, targets_ in zip(x.split(rows), dx.split(rows), targets[:, None].split(rows)):
             logits = head_logits(x_, weight)
             probs = logits.softmax(-1)
             # log(sum(exp(logits))) is the largest logit less the log of its probability
             loss += (logits.amax(-1) - probs.amax(-1).log()).sum() - logits.gather(1, targets_).sum()
-            if ctx.needs_input_grad[0]:
+            if needs_grad:
                 # softmax less one-hot, in place
                 dlogits = probs.scatter_add_(1, targets_, -torch.ones_like(targets_, dtype=probs.dtype))
                 low = dlogits.to(x.dtype)
@@ -430,7 +434,8 @@ class HeadLoss(torch.autograd.Function):
                     cube = dlogits.view(-1, LEVELS, LEVELS, LEVELS)  # (rows, red, green, blue)
                     dx_[:, D:] = torch.cat((cube.sum(3), cube.sum(1)), dim=1).flatten(1)
                 dweight += x_[:, :D].t() @ low
-        ctx.save_for_backward(dx / len(x), dweight.t() / len(x))
+        if needs_grad:
+            ctx.save_for_backward(dx / len(x), dweight.t() / len(x))
         return loss / len(x)
 
     @staticmethod

@@ -30,7 +30,8 @@ INGREDIENTS = {
 def models(adamw_lr):
     """Return {name of a model: its options}."""
     def options(ingredients):
-        for needed, name in (('relative colours', 'relative chroma'), ('12 neighbours', 'relative neighbours')):
+        for needed, name in (('relative colours', 'relative chroma'), ('12 neighbours', 'relative neighbours'),
+                             ('local and column attention', 'ALiBi')):
             if needed not in ingredients:
                 ingredients = ingredients - {name}
         chosen = [on if name in ingredients else off for name, (on, off) in INGREDIENTS.items()]

@@ -73,6 +73,7 @@ MISTAKES = {
     'a batch that cannot be shared': ('train.py {tiny} --gradient_accumulation_steps=3', 'a multiple of 3'),
     'an attention there is none of': ('train.py {tiny} --attention=rows', "name the layers' kinds"),
     'more neighbours than there are': ('train.py {tiny} --neighbours=99', 'from 0 to 24'),
+    'distances that nothing sees': ('train.py {tiny} --alibi=True', 'alibi needs local or column attention'),
     'two dimensions without a start': ('train.py {tiny} --neighbours=3 --start_embedding=False',
                                        'need start_embedding=True'),
     'heads that do not fit': ('train.py {tiny} --n_head=5', 'cannot be shared by n_head=5 heads'),

@@ -205,7 +205,7 @@ def test_the_chunked_loss_has_the_gradients_of_the_usual_one(kind):
 
 
 def test_neighbours_end_where_the_image_ends():
-    model = small('full')
+    model = small('full', neighbours=24)
     picture = torch.arange(TOKENS).view(1, SIDE, SIDE)
     around = model.neighbours(picture.flatten(1)).view(SIDE, SIDE, len(NEIGHBOURS))
     for y in range(SIDE):
