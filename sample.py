@@ -190,7 +190,8 @@ class Decoder:
         if c.relative_colours:
             self.rel_head = linear(model.rel_head)
 
-        # the canvas: pixels painted so far and a margin of 3, with V in the margin and where nothing is painted yet
+        # the canvas: pixels painted so far and a margin of 3, with V, for no pixel, in the margin and where nothing is
+        # painted yet. Row V of self.wte is the start embedding, and of self.colours zeros
         pixels, row = torch.arange(H * W, device=device), W + 6
         x, y = pixels % W, pixels // W
         self.canvas = torch.full(((H + 3) * row, B), V, device=device)
@@ -617,7 +618,7 @@ def build_page(args, device):
 
     with gr.Blocks(title='A GPT that paints', analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown('# pixelGPT\nA GPT that paints, pixel by pixel: it has read landscapes like texts, '
-                    f'{height * width:,} colours in rows, and says which colour comes next.')
+                    f'{height * width:,} pixels in rows, and says which colour comes next.')
         with gr.Row():
             with gr.Column(min_width=300):
                 with gr.Row():  # above the picture, whose height changes: a button should not run away

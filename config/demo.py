@@ -1,4 +1,5 @@
-# The run behind `make demo`: the recommended recipe, narrow, on small synthetic landscapes; minutes on two CPU cores.
+# The run behind `make demo`: the recommended recipe, narrow, on small synthetic landscapes (to which relative_chroma
+# brings nothing); minutes on two CPU cores.
 data_dir = 'data/demo'  # python prepare.py --source synthetic --size 24 --num_images 4000 --out_dir data/demo
 out_dir = 'out/demo'
 

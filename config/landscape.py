@@ -1,5 +1,5 @@
 # The recommended recipe: nanoGPT's transformer, seeing in two dimensions; 48,000 images in 6,000 steps. It takes three
-# to five hours on two CPU cores; --batch_size=2 a quarter, for 12,000 images.
+# to five hours on two CPU cores that know bfloat16, twice that on others; --batch_size=2 a quarter, for 12,000 images.
 data_dir = 'data/landscape'  # python prepare.py
 
 n_layer = 4

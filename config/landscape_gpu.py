@@ -1,6 +1,6 @@
-# Five minutes of an H200, thirty times as many images as two CPU cores see in an hour: how out/ckpt6000.pt was made
-# (the name is the ancestor's), before there were relative_neighbours, relative_chroma and exclusive. Each of 13,528
-# pictures was seen 29 times; with fewer pictures make max_iters smaller.
+# Five minutes of an H200, thirty times as many images as two CPU cores see in an hour. out/ckpt6000.pt holds the last
+# weights of such a run, ckpt12300.pt (it only has the name of the ancestor's), of a time without relative_neighbours,
+# relative_chroma and exclusive. Each of 13,528 pictures was seen 29 times; with fewer pictures make max_iters smaller.
 #     python train.py config/landscape_gpu.py --data_dir=data/photos
 data_dir = 'data/landscape'  # python prepare.py
 out_dir = 'out/landscape_gpu'
@@ -24,7 +24,7 @@ muon_lr = 0.03  # matrices
 min_lr = 1e-5
 warmup_iters = 50
 beta2 = 0.99
-average = 0.1  # halfway through the schedule averaged weights are far better, at its end a little
+average = 0.1  # halfway through the schedule averaged weights are far better, at its end no more
 
 eval_at = (1500, 6000)
 eval_batch_size = 32
