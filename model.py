@@ -96,7 +96,7 @@ class GPTConfig:
         if self.relative_chroma and not self.relative_colours:
             raise ValueError('relative_chroma needs relative_colours=True')
         if self.alibi and set(kinds) == {'full'}:
-            raise ValueError("alibi needs local or column attention, as in attention='local column'")
+            raise ValueError('alibi needs local or column attention: without them give alibi=False')
         if self.block_size % self.pad_to:
             raise ValueError(f'{self.block_size} pixels have to be whole rows of {self.width}')
 

@@ -372,8 +372,8 @@ def restore_run(path, run, config, meta, machine):
     sizes_last = sorted(ours.items(), key=lambda item: item[0] in ('block_size', 'width'))
     for name, value in sizes_last:
         if theirs[name] != value and name not in may_differ:
-            raise UserError(f'{path} has {name}={theirs[name]}, this run {name}={value}: resume with the config (and '
-                            'data) it was made with')
+            advice = 'resume with the config (and data)' if resume else 'use the config'
+            raise UserError(f'{path} has {name}={theirs[name]}, this run {name}={value}: {advice} it was made with')
     weights = checkpoint['model']
     with extras.fitting(path):
         if resized:  # the positions of rows and columns are stretched
@@ -402,10 +402,8 @@ def restore_run(path, run, config, meta, machine):
     run.loss_count = saved['loss_count']
     continues = os.path.realpath(os.path.dirname(path)) == os.path.realpath(config.out_dir)
     if continues:
-        run.id = saved['id']
-        run.saved = [i for i in saved['saved'] if os.path.exists(os.path.join(config.out_dir, f'ckpt{i}.pt'))]
-        if saved['best_iter'] in run.saved:
-            run.best_iter, run.best_val_loss = saved['best_iter'], checkpoint['best_val_loss']
+        run.id, run.best_val_loss = saved['id'], checkpoint['best_val_loss']
+        run.best_iter, run.saved = saved['best_iter'], saved['saved']
     machine.print(f'going on from {path}, iteration {run.iteration}')
     was, changed = checkpoint['config'], []
     if others:
@@ -561,7 +559,8 @@ def main(argv=None):
     world_size, master_process = machine.world_size, machine.rank == 0
     meta = extras.load_meta(config.data_dir)
     train_data, val_data = (extras.load_tokens(config.data_dir, split, meta) for split in ('train', 'val'))
-    meta['checksum'] = zlib.crc32(val_data)  # tells one data set from another
+    # tells one data set from another: images are in the order of a hash, so that the first ones are a random choice
+    meta['checksum'] = zlib.crc32(train_data[:1000], zlib.crc32(val_data))
     local_batch_size = config.batch_size // world_size
     micro_batch_size = local_batch_size // config.gradient_accumulation_steps
 
@@ -687,9 +686,10 @@ def main(argv=None):
             update_average(run.averaged_model, run.model, run.iteration, config.average)
 
     if done:
-        best = extras.quote(f'{config.out_dir}/ckpt{run.best_iter}.pt')
+        paths = [f'{config.out_dir}/ckpt{iteration}.pt' for iteration in (run.best_iter, run.iteration)]
+        path = next(filter(os.path.exists, paths), paths[0])  # somebody may have removed the best one
         machine.print(f'done: best validation {run.best_val_loss / math.log(2):.3f} bits/pixel at iteration '
-                      f'{run.best_iter}. Paint with  python sample.py --ckpt {best}')
+                      f'{run.best_iter}. Paint with  python sample.py --ckpt {extras.quote(path)}')
     else:
         machine.print(f'\nstopped at iteration {run.iteration}. Go on with  {resume_command(sys.argv, world_size)}')
     if world_size > 1:

@@ -248,6 +248,10 @@ def test_other_data_are_noted(data, tmp_path):
     prepared(2)  # as many, shared anew by training and validation
     out = run(tmp_path / 'd', tmp_path / 'out', '--init_from=resume', '--max_iters=3', '--seed=5')
     assert f'the pictures are others (data_dir was {tmp_path}/d, is {tmp_path}/d); seed was 1337, is 5' in out
+    tokens = np.fromfile(tmp_path / 'd' / 'train.bin', '<u2')
+    np.roll(tokens, 1).tofile(tmp_path / 'd' / 'train.bin')  # the same pictures for validation
+    out = run(tmp_path / 'd', tmp_path / 'out', '--init_from=resume', '--max_iters=4', '--seed=5')
+    assert 'the pictures are others' in out and 'seed was' not in out
     # a checkpoint that is named gives its weights to a run of their own, however short
     out = run(tmp_path / 'd', tmp_path / 'new', f'--init_from={tmp_path}/first', '--max_iters=1', '--batch_size=4')
     assert 'a new run with the weights of' in out and 'going on' not in out and 'iter 1 |' in out

@@ -165,7 +165,7 @@ def test_old_checkpoints_go_but_not_the_best(data, tmp_path):
     # with --keep_checkpoints=1 the last one stays, which can be resumed, and the best one beside it
     run(data, tmp_path, *args, '--init_from=resume', '--max_iters=12', '--keep_checkpoints=1')
     assert {p.name for p in tmp_path.glob('ckpt*.pt')} == {'ckpt6.pt', 'ckpt12.pt', 'ckpt999.pt'}
-    # when somebody has removed the best one, another becomes it: the last line names a file that is there
+    # when somebody has removed the best one, the last line names a file that is there
     (tmp_path / 'ckpt6.pt').unlink()
     out = run(data, tmp_path, *args, '--init_from=resume', '--max_iters=14', '--keep_checkpoints=1')
     assert os.path.exists(out.split('--ckpt ')[1].strip())
