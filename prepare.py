@@ -524,11 +524,10 @@ def main(argv=None):
         shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
         os.mkdir(staging)
         try:
-            try:
-                meta, skipped, (low, high) = write_dataset(*open_all(args, staging), args, staging)
-            except RuntimeError as e:  # of the DataLoader: the system has killed a worker
-                raise UserError(f'{extras.brief(e)}: if memory ran out, try --workers 1') from None
+            meta, skipped, (low, high) = write_dataset(*open_all(args, staging), args, staging)
             publish(staging, args.out_dir)
+        except RuntimeError as e:  # of the DataLoader: the system has killed a worker
+            raise UserError(f'{extras.brief(e)}: if memory ran out, try --workers 1') from None
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 

@@ -1,5 +1,5 @@
 # Five minutes of an H200, thirty times as many images as two CPU cores see in an hour. out/ckpt6000.pt holds the last
-# weights of such a run, ckpt12300.pt (it only has the name of the ancestor's), of a time without relative_neighbours,
+# weights of such a run, ckpt12300.pt (under the ancestor's name), made before there were relative_neighbours,
 # relative_chroma and exclusive. Each of 13,528 pictures was seen 29 times; with fewer pictures make max_iters smaller.
 #     python train.py config/landscape_gpu.py --data_dir=data/photos
 data_dir = 'data/landscape'  # python prepare.py
