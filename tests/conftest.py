@@ -45,15 +45,16 @@ def torchrun(*args):
     return [*launcher, str(ROOT / 'train.py'), *map(str, args)]
 
 
-def heed_ctrl_c():
-    """For preexec_fn of subprocess: `make test &` ignores Ctrl-C, and so would a child."""
+def heed_signals():
+    """For preexec_fn of subprocess: `make test &` ignores Ctrl-C, `nohup make test` SIGHUP, and so would a child."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def run_script(script, args, output, cwd, env):
     """What python does with a script, in a process of its own that has imported torch already."""
     multiprocessing.set_start_method(None, force=True)  # for its own children: the usual one
-    heed_ctrl_c()
+    heed_signals()
     os.chdir(cwd)
     os.environ.update(env)
     with open(output, 'w') as f:

@@ -17,7 +17,7 @@ from PIL import Image
 
 import extras
 import prepare
-from conftest import ENV, PIPED, call, command, heed_ctrl_c, wait_until
+from conftest import ENV, PIPED, call, command, heed_signals, wait_until
 from helpers import PHOTOS, needs_photos
 
 
@@ -179,7 +179,7 @@ def test_an_interrupted_run_leaves_the_old_data(pictures, tmp_path, how):
     before = digests(tmp_path)
     args = ['--source', 'synthetic', '--num_images', 5000, '--size', 64, '--out_dir', tmp_path, '--workers', 1]
     process = subprocess.Popen(command('prepare.py', *args), env=ENV, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=heed_ctrl_c)
+                               preexec_fn=heed_signals)
     scratch = tmp_path / '.partial' / 'rows'
     wait_until(lambda: scratch.exists() and scratch.stat().st_size or process.poll() is not None)
     assert process.poll() is None

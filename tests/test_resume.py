@@ -15,7 +15,7 @@ import torch
 
 import extras
 import train
-from conftest import (ENV, PIPED, RECOMMENDED, ROOT, TINY, WARM, Script, call, call_two_ranks, command, heed_ctrl_c,
+from conftest import (ENV, PIPED, RECOMMENDED, ROOT, TINY, WARM, Script, call, call_two_ranks, command, heed_signals,
                       torchrun, two_ranks, wait_until)
 from helpers import load, log, run, same
 
@@ -284,7 +284,7 @@ def test_a_second_signal_stops_at_once(data, tmp_path):
 @pytest.mark.parametrize('how', ['SIGTERM to torchrun', 'Ctrl-C in its terminal'])
 def test_two_ranks_stop_together(data, tmp_path, how):
     typed = torchrun(*TINY, f'--data_dir={data}', f'--out_dir={tmp_path}', '--max_iters=100000')
-    process = subprocess.Popen(typed, **PIPED, start_new_session=True, preexec_fn=heed_ctrl_c)
+    process = subprocess.Popen(typed, **PIPED, start_new_session=True, preexec_fn=heed_signals)
     wait_until(lambda: logged_up_to(tmp_path) >= 10 or process.poll() is not None)
     assert process.poll() is None, process.stdout.read()
     process.terminate() if how.startswith('SIGTERM') else os.killpg(process.pid, signal.SIGINT)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import extras
-from conftest import ENV, PIPED, ROOT, call, command, heed_ctrl_c
+from conftest import ENV, PIPED, ROOT, call, command, heed_signals
 from helpers import PHOTOS, needs_photos
 
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
@@ -31,7 +31,7 @@ def serving(command, cwd):
     before, scratch = sorted(cwd.iterdir()), cwd.parent / f'scratch_{cwd.name}'
     scratch.mkdir()
     env = {**ENV, 'TMPDIR': str(scratch), 'HOME': str(cwd), 'PYTHONUNBUFFERED': '1', 'PYTHONDONTWRITEBYTECODE': '1'}
-    process = subprocess.Popen(command, cwd=cwd, **{**PIPED, 'env': env}, preexec_fn=heed_ctrl_c)
+    process = subprocess.Popen(command, cwd=cwd, **{**PIPED, 'env': env}, preexec_fn=heed_signals)
     try:
         printed = []
         for line in process.stdout:
